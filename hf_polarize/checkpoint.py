@@ -1,0 +1,246 @@
+"""
+The checkpoint: one folder, two readers.
+
+    config.json, model*.safetensors     a vanilla bitsandbytes checkpoint (4-bit NF4 or 8-bit)
+    adapter_config.json, adapter_model.safetensors     a plain PEFT LoRA adapter: the surrogates
+    polarize_config.json                what only this library knows: provenance, ranks, errors, results
+
+transformers, peft and bitsandbytes alone load it with the same logits. Nothing in it is a pickle.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import importlib.metadata
+import json
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantizer
+from transformers.utils import cached_file, logging
+
+from .backbone import BackboneHfQuantizer, backbone_layers
+from .configuration import PolarizeConfig, SurrogateConfig
+from .surrogate import SURROGATE, core_model, factors, surrogate_adapter
+
+logger = logging.get_logger(__name__)
+
+SIDECAR = "polarize_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+FORMAT_VERSION = 1
+DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
+PEFT_PREFIX = "base_model.model."
+
+
+@register_quantizer("polarize")
+class PolarizeHfQuantizer(BackboneHfQuantizer):
+    """A [`BackboneHfQuantizer`] that also takes in the surrogates of a polarized checkpoint, and checks them."""
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        if self.quantization_config.surrogate and checkpoint_files:
+            folder = Path(checkpoint_files[0]).parent
+            if not (folder / ADAPTER_CONFIG).is_file():
+                raise ValueError(
+                    f"this polarized checkpoint is missing its adapter: no {ADAPTER_CONFIG} beside {checkpoint_files[0]}. "
+                    "Without its surrogates it is a bare backbone; restore the file, or remove "
+                    '"surrogate": true from quantization_config.polarize in config.json to load it as one.'
+                )
+        super()._process_model_before_weight_loading(model, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        model = super()._process_model_after_weight_loading(model, **kwargs)
+        if self.quantization_config.surrogate:
+            # from_pretrained loads a root adapter right after this hook, as a plain LoRA named "default", and has no
+            # later one (modeling_utils.py:4476 of 5.24): for that one call the method is ours
+            model.load_adapter = types.MethodType(_load_surrogates, model)
+        return model
+
+
+def _load_surrogates(
+    model: PreTrainedModel, peft_model_id: str, adapter_name: str | None = None, load_config: Any = None, **kwargs: Any
+) -> Any:
+    del model.load_adapter
+    download = {**(load_config.download_kwargs if load_config else {}), **(kwargs.get("adapter_kwargs") or {})}
+    download = {key: value for key, value in download.items() if key in DOWNLOAD_ARGUMENTS}
+    plain = LoraConfig.from_pretrained(peft_model_id, **download)
+    names = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
+    config = SurrogateConfig(**{name: getattr(plain, name) for name in names})
+    name = SURROGATE if adapter_name in (None, "default") else adapter_name
+    info = model.load_adapter(
+        peft_model_id, adapter_name=name, peft_config=config, load_config=load_config, **kwargs
+    )
+    for what in ("missing", "unexpected"):
+        keys = sorted(getattr(info, f"{what}_keys"))
+        if keys:
+            raise ValueError(f"the adapter of {peft_model_id} has {what} keys: {_few(keys)}")
+    check_finite(model)
+    sidecar = cached_file(peft_model_id, SIDECAR, _raise_exceptions_for_missing_entries=False, **download)
+    model.polarization = json.loads(Path(sidecar).read_text(encoding="utf-8")) if sidecar else {}
+    return info
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def check_finite(model: nn.Module) -> None:
+    """
+    Make sure that every scale of the backbone and every factor of a surrogate is a finite number.
+
+    Raises:
+        ValueError: Naming the first layers that are not.
+    """
+    bad = []
+    for name, pair in factors(model).items():
+        bad += [f"{name}.{part}" for part, value in zip("AB", pair, strict=True) if not torch.isfinite(value).all()]
+    for name, layer in backbone_layers(core_model(model)):
+        if not all(torch.isfinite(scale).all() for scale in layer.scales()):
+            bad.append(f"{name}.scales")
+    if bad:
+        raise ValueError(f"NaN or infinite values in {_few(bad)}: this model is broken")
+
+
+def prepare_folder(directory: str | Path, overwrite: bool) -> Path:
+    """
+    Return the folder to write to; it need not exist yet.
+
+    Raises:
+        FileExistsError: If it holds something and `overwrite` is false.
+        NotADirectoryError: If it is a file.
+    """
+    folder = Path(directory)
+    if folder.is_file():
+        raise NotADirectoryError(f'"{folder}" is a file; give a folder')
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(f'the folder "{folder}" is not empty; choose another, or allow it with overwrite=True')
+    return folder
+
+
+def base_state_dict(core: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the tensors of the model without its adapters, under the names that a model without adapters gives them."""
+    state: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in core.state_dict().items():
+        if ".lora_" in key or ".modules_to_save." in key:
+            continue
+        name = key.replace(".base_layer.", ".").replace(".original_module.", ".")
+        if tensor.data_ptr() in seen and tensor.numel():
+            if name in core.all_tied_weights_keys:
+                continue
+            tensor = tensor.clone()  # bitsandbytes lets all layers share one codebook; a file can't
+        seen.add(tensor.data_ptr())
+        state[name] = tensor.detach().contiguous()
+    return state
+
+
+def save_polarized(
+    model: nn.Module,
+    directory: str | Path,
+    processor: Any = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> Path:
+    """
+    Write a polarized model so that it loads with transformers, peft and bitsandbytes alone.
+
+    Another adapter that a user stacked on top is not written; save that one with PEFT, to a folder of its own.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): polarized.
+        directory (`str` or `Path`): new or empty.
+        processor (*optional*): a tokenizer or image processor to write with it.
+        max_shard_size (`int` or `str`, defaults to `"5GB"`): of each file of weights.
+        overwrite (`bool`, defaults to `False`): write into a folder that isn't empty, over the checkpoint in it.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        ValueError: If the model has no surrogates, or a scale or factor is not finite. Nothing is written then.
+        FileExistsError: If the folder is not empty.
+    """
+    folder = prepare_folder(directory, overwrite)
+    core, adapter = core_model(model), surrogate_adapter(model)
+    quantizer = getattr(core, "hf_quantizer", None)
+    if not isinstance(quantizer, BackboneHfQuantizer):
+        raise ValueError(
+            "this model's backbone was not made by hf_polarize; load it with quantization_config=PolarizeConfig(...)"
+        )
+    check_finite(model)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in [*folder.glob("model*.safetensors*"), *folder.glob("adapter_*")]:
+        old.unlink()
+    config = copy.deepcopy(core.config)
+    config.dtype = str(core.dtype).removeprefix("torch.")
+    config.architectures = [type(core).__name__]
+    config.quantization_config = copy.deepcopy(quantizer.quantization_config)
+    config.quantization_config.surrogate = True
+    config.save_pretrained(folder)
+    if core.can_generate():
+        core.generation_config.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    save_torch_state_dict(
+        base_state_dict(core), folder, max_shard_size=max_shard_size, metadata={"format": "pt"}
+    )
+
+    state = get_peft_model_state_dict(core, adapter_name=adapter)
+    save_file(
+        {PEFT_PREFIX + key: value.detach().contiguous().cpu() for key, value in state.items()},
+        folder / ADAPTER_WEIGHTS,
+        metadata={"format": "pt"},
+    )
+    _write_json(folder / ADAPTER_CONFIG, plain_adapter_config(core.peft_config[adapter]))
+    _write_json(folder / SIDECAR, sidecar(model))
+    return folder
+
+
+def plain_adapter_config(config: LoraConfig) -> dict[str, Any]:
+    """Return what PEFT writes for a `LoraConfig` of these values, in a stable order and without a path."""
+    output = config.to_dict()
+    output.update(
+        inference_mode=True,
+        base_model_name_or_path=None,
+        revision=None,
+        auto_mapping=None,
+        target_modules=config.target_modules
+        if isinstance(config.target_modules, str)
+        else sorted(config.target_modules or []),
+    )
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in output.items()}
+
+
+def sidecar(model: nn.Module) -> dict[str, Any]:
+    """Return what `polarize_config.json` says: how the model was made, and the rank of every layer."""
+    record = copy.deepcopy(getattr(core_model(model), "polarization", None) or {})
+    layers: Mapping[str, dict] = record.get("layers", {})
+    config: PolarizeConfig = core_model(model).hf_quantizer.quantization_config
+    return {
+        "format_version": FORMAT_VERSION,
+        "hf_polarize_version": importlib.metadata.version("hf-polarize"),
+        "backbone": {
+            "format": config.backbone,
+            "double_quant": config.double_quant,
+            "activations": config.activations,
+        },
+        **{key: value for key, value in record.items() if key in ("provenance", "results")},
+        "layers": {name: {**layers.get(name, {}), "rank": len(a)} for name, (a, _) in factors(model).items()},
+    }
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

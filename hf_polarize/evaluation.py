@@ -1,0 +1,219 @@
+"""How far a polarized model is from the original: loss, perplexity, divergence, and the gap recovered."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import evaluate
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .data import Batch
+from .surrogate import core_model
+
+CHUNK = 128
+"""Tokens whose logits are in memory at a time."""
+
+
+@dataclass
+class Quality:
+    """
+    What one model does on one text.
+
+    Attributes:
+        loss (`float`): mean negative log-likelihood of a token, nats. For a model that isn't a causal language model:
+            the mean distance of its output from the original's (see [`output_distance`]), 0 for the original.
+        perplexity (`float`, *optional*): exp(loss), per token; causal language models only.
+        kl (`float`, *optional*): mean KL(original || model) per token, nats.
+        window_losses (`list[float]`): `loss` of each window (or batch), for paired comparisons.
+    """
+
+    loss: float
+    perplexity: float | None
+    kl: float | None
+    window_losses: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Reference:
+    """The original model's final hidden states, `(1, window, hidden)` each, and the function that makes logits of them."""
+
+    hidden: list[torch.Tensor]
+    head: Callable[[torch.Tensor], torch.Tensor]
+
+
+def logit_head(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the function from final hidden states to logits, with the scaling and capping that some families add."""
+    embedding = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        logits = embedding(hidden).float() * scale
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return head
+
+
+def final_hidden(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+
+
+def _check_head(model: PreTrainedModel, head: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor) -> None:
+    """Make sure that hidden states and `logit_head` together are what the model itself computes."""
+    short = ids[:, :16].to(model.device)
+    own = model(input_ids=short, use_cache=False).logits.float()
+    ours = head(final_hidden(model, short))
+    if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
+        raise ValueError(
+            f"{type(model).__name__} does more between its hidden states and its logits than this evaluation knows; "
+            "use lm-eval for this model"
+        )
+
+
+@torch.no_grad()
+def reference_states(model: nn.Module, windows: torch.Tensor) -> Reference:
+    """
+    Run the original model once and keep its final hidden states, so that it need not stay in memory.
+
+    Args:
+        model (`PreTrainedModel`): a causal language model.
+        windows (`torch.Tensor` of shape `(n, window)`): token ids.
+    """
+    core = core_model(model)
+    head = logit_head(core)
+    _check_head(core, head, windows[:1])
+    return Reference(
+        [final_hidden(core, ids[None]) for ids in logging.tqdm(windows, desc="evaluating original", unit="window")], head
+    )
+
+
+@torch.no_grad()
+def evaluate_causal_lm(
+    model: nn.Module, windows: torch.Tensor, reference: Reference | None = None, desc: str = "evaluating"
+) -> Quality:
+    """
+    Measure token perplexity, and the mean KL(original || model) per token, over windows that don't overlap.
+
+    In each window every token but the first is predicted from those before it in the window, the protocol of papers'
+    "WikiText-2 perplexity" (not lm-eval's, which counts words). Logits exist for `CHUNK` tokens at a time.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): a causal language model.
+        windows (`torch.Tensor` of shape `(n, window)`): token ids.
+        reference ([`Reference`], *optional*): of the original model on the same windows; without it `kl` is `None`.
+        desc (`str`): label of the progress bar.
+
+    Returns:
+        [`Quality`]
+    """
+    core = core_model(model)
+    training = core.training
+    core.eval()
+    head = logit_head(core)
+    _check_head(core, head, windows[:1])
+    losses, divergence = [], 0.0
+    for i, ids in enumerate(logging.tqdm(windows, desc=desc, unit="window")):
+        hidden = final_hidden(core, ids[None])[0, :-1]
+        targets = ids[1:].to(hidden.device)
+        total = 0.0
+        for start in range(0, len(targets), CHUNK):
+            part = slice(start, start + CHUNK)
+            log_q = F.log_softmax(head(hidden[part]), dim=-1)
+            total += float(F.nll_loss(log_q, targets[part], reduction="sum"))
+            if reference is not None:
+                log_p = F.log_softmax(reference.head(reference.hidden[i][0, :-1][part]), dim=-1)
+                divergence += float((log_p.exp() * (log_p - log_q)).sum())
+        losses.append(total / len(targets))
+    core.train(training)
+    loss = sum(losses) / len(losses)
+    kl = None if reference is None else divergence / (len(losses) * (windows.shape[1] - 1))
+    return Quality(loss, math.exp(min(loss, 700.0)), kl, losses)
+
+
+@torch.no_grad()
+def model_outputs(model: nn.Module, batches: Sequence[Batch], desc: str = "evaluating") -> list[torch.Tensor]:
+    """Return each batch's logits, or its last hidden states where the model has no head, as float32 on the CPU."""
+    core = core_model(model)
+    training = core.training
+    core.eval()
+    outputs = []
+    for batch in logging.tqdm(batches, desc=desc, unit="batch"):
+        arguments: dict[str, Any] = {
+            key: value.to(core.device, core.dtype) if value.is_floating_point() else value.to(core.device)
+            for key, value in batch.items()
+        }
+        output = core(**arguments)
+        outputs.append((output.logits if "logits" in output else output.last_hidden_state).float().cpu())
+    core.train(training)
+    return outputs
+
+
+def output_distance(original: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], logits: bool) -> Quality:
+    """
+    Compare a model's outputs with the original's: mean KL(original || model) of logits, or mean 1 - cosine of vectors.
+
+    Args:
+        original, outputs (`Sequence[torch.Tensor]` of shape `(..., classes or features)`): by batch.
+        logits (`bool`): whether they are logits; the distance is then also `kl`.
+    """
+    losses = []
+    for ours, theirs in zip(outputs, original, strict=True):
+        if logits:
+            log_p, log_q = F.log_softmax(theirs, -1), F.log_softmax(ours, -1)
+            losses.append(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
+        else:
+            losses.append(float(1 - F.cosine_similarity(ours.double(), theirs.double(), dim=-1).mean()))
+    loss = sum(losses) / len(losses)
+    return Quality(loss, None, loss if logits else None, losses)
+
+
+class GapRecovered(evaluate.Metric):
+    """
+    Share of the loss that quantization cost and that a polarized model takes back, in `evaluate`'s own interface.
+
+    gap_recovered = (loss backbone - loss polarized) / (loss backbone - loss original), of the mean losses: 0 for the
+    bare backbone, 1 for the original model.
+
+    Example:
+
+    ```python
+    GapRecovered().compute(predictions=polarized.window_losses, references=original.window_losses,
+                           backbone=backbone.window_losses)
+    ```
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of the loss gap between a quantized and the original model that is recovered.",
+            citation="",
+            inputs_description="Losses of the polarized (predictions), original (references) and backbone-only model.",
+            features=datasets.Features(
+                {"predictions": datasets.Value("float64"), "references": datasets.Value("float64")}
+            ),
+        )
+
+    def _compute(
+        self, predictions: Sequence[float], references: Sequence[float], backbone: Sequence[float]
+    ) -> dict[str, float | None]:
+        polarized, original, quantized = (sum(x) / len(x) for x in (predictions, references, backbone))
+        gap = quantized - original
+        return {"gap_recovered": (quantized - polarized) / gap if gap != 0 else None}
+
+
+def gap_recovered(original: Quality, backbone: Quality, polarized: Quality) -> float | None:
+    """Return [`GapRecovered`] of three measurements; `None` where quantization cost nothing."""
+    result = GapRecovered(keep_in_memory=True).compute(
+        predictions=polarized.window_losses,
+        references=original.window_losses,
+        backbone=backbone.window_losses,
+    )
+    return result["gap_recovered"]  # type: ignore[no-any-return]

@@ -1,0 +1,225 @@
+"""The surrogate: a rank-r high-precision path beside a backbone layer. To PEFT it is a LoRA layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import bnb as lora_bnb
+from torch import nn
+from transformers import PreTrainedModel
+
+from .backbone import BackboneLayer, BackboneLinear4bit, BackboneLinear8bit, plain_layer
+from .configuration import SURROGATE_LAYERS, SurrogateConfig
+
+SURROGATE = "surrogate"
+"""Name of the adapter in memory. A user's own `get_peft_model(model, LoraConfig())` would overwrite a "default"."""
+
+
+class SurrogateLayer:
+    """
+    A LoRA layer of PEFT in which adapters that came with a [`SurrogateConfig`] belong to the model.
+
+    `y = backbone(x) + B (A x) + (what the user stacked on top)(x)`
+
+    Such an adapter stays in the forward pass whichever adapter a user activates, and stays frozen unless the user
+    names it. With a user's adapter on top, *disable* switches off only that one: the reference model of a preference
+    loss is the polarized model and not its bare backbone. With no other adapter, *disable* leaves the backbone alone;
+    [`backbone_only`] always does.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._surrogates: list[str] = []
+        self._user_adapters_off = False
+        super().__init__(*args, **kwargs)
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
+        is_surrogate = isinstance(config, SurrogateConfig)
+        limit = min(self.in_features, self.out_features)  # type: ignore[attr-defined]
+        if is_surrogate and r > limit:
+            raise ValueError(
+                f"rank must be in 1..min(in_features, out_features) = 1..{limit} for {kwargs.get('target_name')} "
+                f"({self.in_features} -> {self.out_features}); got {r}"  # type: ignore[attr-defined]
+            )
+        if adapter_name in self._surrogates and not is_surrogate:
+            raise ValueError(
+                f'"{adapter_name}" is the name of this model\'s surrogate, and a new adapter of that name would '
+                f"overwrite it; give the new one another name (adapter_name=...)"
+            )
+        if is_surrogate and adapter_name not in self._surrogates:
+            self._surrogates.append(adapter_name)
+        named = self._active_adapter  # type: ignore[has-type]
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[misc]
+        self.set_adapter(named, inference_mode=config.inference_mode)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """All adapters of the forward pass: the surrogates first, then those that the user activated."""
+        named = [self._active_adapter] if isinstance(self._active_adapter, str) else list(self._active_adapter)
+        stacked = [] if self._user_adapters_off else [name for name in named if name not in self._surrogates]
+        return [*self._surrogates, *stacked]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        self._user_adapters_off = False
+        super().set_adapter(adapter_names, inference_mode=inference_mode)  # type: ignore[misc]
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if enabled:
+            self._disable_adapters = False
+            self.set_adapter(self._active_adapter)
+        else:
+            stacked = len(self.active_adapters) > len(self._surrogates)
+            super().enable_adapters(False)  # type: ignore[misc]
+            self._disable_adapters = not stacked
+            self._user_adapters_off = stacked
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
+        self._surrogates = [name for name in self._surrogates if name != adapter_name]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(
+            "merging into a quantized backbone rounds the result to the backbone's grid again, which undoes the "
+            "surrogate. Use hf_polarize.merge_surrogates(model): it dequantizes first and merges then."
+        )
+
+
+class SurrogateLinear4bit(SurrogateLayer, lora_bnb.Linear4bit):
+    """A surrogate beside an NF4 layer."""
+
+
+class SurrogateLinear8bit(SurrogateLayer, lora_bnb.Linear8bitLt):
+    """A surrogate beside an INT8 layer."""
+
+
+SURROGATE_LAYERS.update({BackboneLinear4bit: SurrogateLinear4bit, BackboneLinear8bit: SurrogateLinear8bit})
+
+
+def core_model(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model inside a `PeftModel`, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model  # type: ignore[return-value]
+
+
+def surrogates(model: nn.Module) -> Iterator[tuple[str, LoraLayer, str]]:
+    """Yield the name of the layer as in the base model, the layer, and the adapter's name, for all surrogates."""
+    for name, module in core_model(model).named_modules():
+        if isinstance(module, SurrogateLayer):
+            for adapter in module._surrogates:
+                yield name, module, adapter  # type: ignore[misc]
+
+
+def surrogate_adapter(model: nn.Module) -> str:
+    """
+    Return the name of the one adapter that holds the surrogates.
+
+    Raises:
+        ValueError: If there is none, or more than one.
+    """
+    names = {adapter for _, _, adapter in surrogates(model)}
+    if len(names) != 1:
+        others = sorted(getattr(core_model(model), "peft_config", {}) or {})
+        raise ValueError(
+            f"expected one adapter made with a SurrogateConfig, found {sorted(names) or 'none'} (adapters of the "
+            f"model: {others or 'none'}). Attach one with polarize(model, data) or "
+            "get_peft_model(model, SurrogateConfig(r=8))."
+        )
+    return names.pop()
+
+
+def factors(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """Return A `(r, in_features)` and B `(out_features, r)` of every layer, by the layer's name in the base model."""
+    return {
+        name: (layer.lora_A[adapter].weight, layer.lora_B[adapter].weight)  # type: ignore[misc]
+        for name, layer, adapter in surrogates(model)
+    }
+
+
+def target_modules(model: nn.Module, names: set[str]) -> list[str]:
+    """Return the shortest names by which PEFT finds these layers and no other module: last parts, or full names."""
+    short = {name.rpartition(".")[2] for name in names}
+    found = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
+    return sorted(short if found == names else names)
+
+
+def attach_surrogates(
+    model: PreTrainedModel,
+    config: SurrogateConfig,
+    values: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    trainable: bool = True,
+) -> PreTrainedModel:
+    """
+    Attach the surrogates to a model with a backbone and fill in their factors.
+
+    Args:
+        model (`PreTrainedModel`): with a backbone.
+        config (`SurrogateConfig`): its `target_modules` are set to the layers of `values`.
+        values (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`):
+            A `(r, in_features)` and B `(out_features, r)` by layer name; kept in float32.
+        trainable (`bool`, defaults to `True`): whether the factors ask for gradients.
+
+    Returns:
+        The same model.
+    """
+    config.target_modules = target_modules(model, set(values))
+    model.add_adapter(config, SURROGATE)
+    with torch.no_grad():
+        for name, (a, b) in factors(model).items():
+            a.copy_(values[name][0])
+            b.copy_(values[name][1])
+            a.requires_grad_(trainable)
+            b.requires_grad_(trainable)
+    return model
+
+
+@contextmanager
+def backbone_only(model: nn.Module) -> Iterator[nn.Module]:
+    """Run the bare backbone inside this context: no surrogate and no adapter on top of it."""
+    layers = [layer for _, layer, _ in surrogates(model)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield model
+    finally:
+        for layer, flag in zip(layers, before, strict=True):
+            layer._disable_adapters = flag
+
+
+def merge_surrogates(model: nn.Module, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """
+    Merge the surrogates the way that keeps what they won: dequantize each layer first, then add B A.
+
+    The result is a plain model without adapters or quantization, four times larger. Each weight is
+    `dequantize(Q) + B A`, added in float32 and rounded once to `dtype`.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): polarized; it is changed in place.
+        dtype (`torch.dtype`, *optional*): of the merged weights; the model's own dtype if left out.
+
+    Returns:
+        The transformers model, ready for `save_pretrained`.
+
+    Raises:
+        ValueError: If there is no surrogate, or another adapter is stacked on top; merge or remove that one first.
+    """
+    core, adapter = core_model(model), surrogate_adapter(model)
+    others = sorted({name for _, layer, _ in surrogates(model) for name in layer.lora_A} - {adapter})
+    if others:
+        raise ValueError(f"adapters {others} are stacked on the surrogate; delete them before merging")
+    quantizer = core.hf_quantizer
+    target = dtype or core.dtype
+    for name, module in list(core.named_modules()):
+        if isinstance(module, SurrogateLayer):
+            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight  # type: ignore[attr-defined]
+            core.set_submodule(name, plain_layer(module.base_layer, target, (b @ a).detach()))  # type: ignore
+        elif isinstance(module, BackboneLayer) and not name.endswith(".base_layer"):
+            core.set_submodule(name, plain_layer(module, target))
+    quantizer.remove_quantization_config(core)
+    core._hf_peft_config_loaded = False
+    if hasattr(core, "peft_config"):
+        del core.peft_config
+    return core.to(target)  # type: ignore[no-any-return, arg-type]
