@@ -35,7 +35,7 @@ def fake_quantize(x: torch.Tensor, kind: str) -> torch.Tensor:
     """
     Round each token to a low-precision grid and return it in its own dtype.
 
-    A token is a row along the last dimension and has one scale, s = max |x|. `"int8"`: x_hat = round(127 x / s) s / 127.
+    A token is a row along the last dimension and has one scale, s = max |x|. `"int8"`: round(127 x / s) s / 127.
     `"nf4"`: the nearest of the 16 values of the NF4 codebook (QLoRA, arXiv 2305.14314, appendix E) times s. The
     gradient passes straight through (arXiv 1308.3432).
 
@@ -63,6 +63,10 @@ class BackboneLayer(nn.Module):
 
     source_cls: type[nn.Module]
     activations: str | None = None
+    in_features: int
+    out_features: int
+    weight: Any
+    bias: nn.Parameter | None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.product(x if self.activations is None else fake_quantize(x, self.activations))
@@ -105,6 +109,7 @@ class BackboneLinear4bit(BackboneLayer, bnb.nn.Linear4bit):
     inference, whether gradients are asked for or not.
     """
 
+    support_avx512bf16_for_cpu: bool
     _stored_state: bnb.functional.QuantState | None = None
     """The quantization state as stored, while the weights are repacked."""
 
@@ -158,9 +163,12 @@ class BackboneLinear4bit(BackboneLayer, bnb.nn.Linear4bit):
 class BackboneLinear8bit(BackboneLayer, bnb.nn.Linear8bitLt):
     """bitsandbytes' INT8 layer with outlier threshold 0: weights per row, inputs per token, product in INT32."""
 
+    state: bnb.MatmulLtState
+
     def scales(self) -> list[torch.Tensor]:
         # the largest magnitude of each row, (out_features,); bitsandbytes moves it at the first forward pass
-        return [self.weight.SCB if self.weight.SCB is not None else self.state.SCB]
+        scale: torch.Tensor = self.weight.SCB if self.weight.SCB is not None else self.state.SCB
+        return [scale]
 
     def dequantized(self) -> torch.Tensor:
         return bnb.functional.int8_vectorwise_dequant(self.weight.data, self.scales()[0])  # type: ignore[no-any-return]
@@ -229,7 +237,7 @@ def quantize_linear(module: nn.Module, config: PolarizeConfig) -> BackboneLayer:
     else:
         layer.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False).to("cpu").to(weight.device)
     if module.bias is not None:
-        layer.bias = nn.Parameter(module.bias.detach(), requires_grad=False)  # type: ignore[arg-type]
+        layer.bias = nn.Parameter(module.bias.detach(), requires_grad=False)  # type: ignore
     return layer.train(module.training)
 
 

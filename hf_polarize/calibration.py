@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -141,10 +142,8 @@ def _one_pass(
     ]
     try:
         for batch in batches:
-            try:
+            with suppress(_AllSeen):
                 run(model, batch, layers)
-            except _AllSeen:
-                pass
             bar.update()
     finally:
         for handle in handles:

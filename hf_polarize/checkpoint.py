@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -54,7 +53,7 @@ class PolarizeHfQuantizer(BackboneHfQuantizer):
             folder = Path(checkpoint_files[0]).parent
             if not (folder / ADAPTER_CONFIG).is_file():
                 raise ValueError(
-                    f"this polarized checkpoint is missing its adapter: no {ADAPTER_CONFIG} beside {checkpoint_files[0]}. "
+                    f"this polarized checkpoint is missing its adapter: no {ADAPTER_CONFIG} in {folder}. "
                     "Without its surrogates it is a bare backbone; restore the file, or remove "
                     '"surrogate": true from quantization_config.polarize in config.json to load it as one.'
                 )
@@ -79,20 +78,18 @@ def _load_surrogates(
     names = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
     config = SurrogateConfig(**{name: getattr(plain, name) for name in names})
     name = SURROGATE if adapter_name in (None, "default") else adapter_name
-    info = model.load_adapter(
-        peft_model_id, adapter_name=name, peft_config=config, load_config=load_config, **kwargs
-    )
+    info = model.load_adapter(peft_model_id, adapter_name=name, peft_config=config, load_config=load_config, **kwargs)
     for what in ("missing", "unexpected"):
         keys = sorted(getattr(info, f"{what}_keys"))
         if keys:
-            raise ValueError(f"the adapter of {peft_model_id} has {what} keys: {_few(keys)}")
+            raise ValueError(f"the adapter of {peft_model_id} has {what} keys: {few(keys)}")
     check_finite(model)
     sidecar = cached_file(peft_model_id, SIDECAR, _raise_exceptions_for_missing_entries=False, **download)
     model.polarization = json.loads(Path(sidecar).read_text(encoding="utf-8")) if sidecar else {}
     return info
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
@@ -110,7 +107,7 @@ def check_finite(model: nn.Module) -> None:
         if not all(torch.isfinite(scale).all() for scale in layer.scales()):
             bad.append(f"{name}.scales")
     if bad:
-        raise ValueError(f"NaN or infinite values in {_few(bad)}: this model is broken")
+        raise ValueError(f"NaN or infinite values in {few(bad)}: this model is broken")
 
 
 def prepare_folder(directory: str | Path, overwrite: bool) -> Path:
@@ -130,7 +127,7 @@ def prepare_folder(directory: str | Path, overwrite: bool) -> Path:
 
 
 def base_state_dict(core: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the tensors of the model without its adapters, under the names that a model without adapters gives them."""
+    """Return the tensors of the model without its adapters, under the names that they have without adapters."""
     state: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for key, tensor in core.state_dict().items():
@@ -194,18 +191,16 @@ def save_polarized(
         core.generation_config.save_pretrained(folder)
     if processor is not None:
         processor.save_pretrained(folder)
-    save_torch_state_dict(
-        base_state_dict(core), folder, max_shard_size=max_shard_size, metadata={"format": "pt"}
-    )
+    save_torch_state_dict(base_state_dict(core), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
 
-    state = get_peft_model_state_dict(core, adapter_name=adapter)
+    state = get_peft_model_state_dict(core, adapter_name=adapter, save_embedding_layers=False)
     save_file(
         {PEFT_PREFIX + key: value.detach().contiguous().cpu() for key, value in state.items()},
         folder / ADAPTER_WEIGHTS,
         metadata={"format": "pt"},
     )
-    _write_json(folder / ADAPTER_CONFIG, plain_adapter_config(core.peft_config[adapter]))
-    _write_json(folder / SIDECAR, sidecar(model))
+    write_json(folder / ADAPTER_CONFIG, plain_adapter_config(core.peft_config[adapter]))
+    write_json(folder / SIDECAR, sidecar(model))
     return folder
 
 
@@ -242,5 +237,5 @@ def sidecar(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

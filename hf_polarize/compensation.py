@@ -50,8 +50,8 @@ def compensate(weight: torch.Tensor, error: torch.Tensor, covariance: torch.Tens
     input is the narrower side they come from the leading eigenvectors V of L^T E^T E L (in x in), H = L L^T, as E L V.
     So one symmetric eigenproblem of the narrower side suffices and no inverse of H is formed. All in float64.
 
-    The factors share the singular values evenly, B = U_r S^(1/2) and A = S^(-1/2) U_r^T E, and each column of B has its
-    largest entry positive: the same input gives the same factors.
+    The factors share the singular values evenly, B = U_r S^(1/2) and A = S^(-1/2) U_r^T E, and each column of B has
+    its largest entry positive: the same input gives the same factors.
 
     Args:
         weight (`torch.Tensor` of shape `(out, in)`): W, the original weight.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ class PolarizeConfig(BitsAndBytesConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Write a bitsandbytes configuration that carries the keys of this library in one block, `polarize`."""
-        output = super().to_dict()
+        output: dict[str, Any] = super().to_dict()
         del output["compute_dtype_given"]
         output["quant_method"] = QuantizationMethod.BITS_AND_BYTES.value
         output["polarize"] = {key: output.pop(key) for key in ("activations", "cim", "surrogate")}
@@ -157,7 +157,7 @@ class PolarizeConfig(BitsAndBytesConfig):
 
 
 class _CheckpointConfig(BitsAndBytesConfig):
-    """Read the configuration of a bitsandbytes checkpoint as a `PolarizeConfig` where it carries a block `polarize`."""
+    """Read a bitsandbytes configuration as a `PolarizeConfig` where it carries a block `polarize`."""
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -165,8 +165,8 @@ class _CheckpointConfig(BitsAndBytesConfig):
         return target.from_dict(config_dict, **kwargs)
 
 
-# A polarized checkpoint calls itself a bitsandbytes checkpoint, so that everyone can read it. transformers looks such a
-# configuration up under these two names; every other bitsandbytes checkpoint passes through unchanged.
+# A polarized checkpoint calls itself a bitsandbytes checkpoint, so that everyone can read it. transformers looks such
+# a configuration up under these two names; every other bitsandbytes checkpoint passes through unchanged.
 for _name in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
     AUTO_QUANTIZATION_CONFIG_MAPPING[_name] = _CheckpointConfig
 
@@ -206,6 +206,7 @@ class SurrogateConfig(LoraConfig):
     r: int = 8
     lora_alpha: int | None = None  # type: ignore[assignment]
     target_modules: list[str] | str | None = "all-linear"
+    alpha_pattern: dict | None = field(default_factory=dict)
     start: InitVar[str] = "zero"
 
     def __post_init__(self, start: str) -> None:

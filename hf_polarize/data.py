@@ -60,7 +60,9 @@ def read_texts(data: Any, text_column: str | None = None) -> list[str]:
         raise ValueError(f"data is a DatasetDict; choose one split: data[{sorted(data)[0]!r}], of {sorted(data)}")
     elif isinstance(data, Iterable):
         rows = list(data)
-        column = text_column or next((key for key, value in (rows[0] if rows else {}).items() if isinstance(value, str)), None)
+        column = text_column or next(
+            (key for key, value in (rows[0] if rows else {}).items() if isinstance(value, str)), None
+        )
         if rows and (column is None or column not in rows[0]):
             raise ValueError(f"no text column {text_column or ''} in the data set; it has {sorted(rows[0])}")
         texts = [row[column] for row in rows]
@@ -137,7 +139,13 @@ def self_windows(
         `torch.Tensor` of shape `(count, window)`, int64.
     """
     own = model.generation_config
-    candidates = [start_token, own.bos_token_id, own.eos_token_id, model.config.bos_token_id, model.config.eos_token_id]
+    candidates = [
+        start_token,
+        own.bos_token_id,
+        own.eos_token_id,
+        model.config.bos_token_id,
+        model.config.eos_token_id,
+    ]
     first = next((c[0] if isinstance(c, list) else c for c in candidates if c is not None), None)
     if first is None or not model.can_generate():
         raise ValueError(
@@ -191,7 +199,12 @@ def calibration_batches(
     Returns:
         `list[dict[str, torch.Tensor]]` on the CPU.
     """
-    if isinstance(data, list) and data and isinstance(data[0], dict) and isinstance(next(iter(data[0].values())), torch.Tensor):
+    if (
+        isinstance(data, list)
+        and data
+        and isinstance(data[0], dict)
+        and isinstance(next(iter(data[0].values())), torch.Tensor)
+    ):
         return data
     if not is_text_model(model):
         return _image_batches(data, processor, batch_size)
@@ -216,9 +229,7 @@ def calibration_batches(
 def split(windows: torch.Tensor, batch_size: int, model: PreTrainedModel) -> list[Batch]:
     """Cut windows `(n, window)` into batches; an encoder-decoder reads and writes the same text."""
     both = bool(getattr(model.config, "is_encoder_decoder", False))
-    return [
-        {"input_ids": part, **({"decoder_input_ids": part} if both else {})} for part in windows.split(batch_size)
-    ]
+    return [{"input_ids": part, **({"decoder_input_ids": part} if both else {})} for part in windows.split(batch_size)]
 
 
 def _image_batches(data: Any, processor: Any, batch_size: int) -> list[Batch]:
@@ -232,7 +243,9 @@ def _image_batches(data: Any, processor: Any, batch_size: int) -> list[Batch]:
                 "a vision model is calibrated on a data set with a column pixel_values, or image with an image "
                 f"processor; got {type(data).__name__} with columns {list(columns) or 'none'}"
             )
-        pixels = processor(images=[image.convert("RGB") for image in data[column]], return_tensors="pt")["pixel_values"]
+        pixels = processor(images=[image.convert("RGB") for image in data[column]], return_tensors="pt")[
+            "pixel_values"
+        ]
     if len(pixels) == 0:
         raise ValueError("the data set holds no images")
     return [{"pixel_values": part} for part in pixels.split(batch_size)]

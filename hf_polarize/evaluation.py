@@ -43,7 +43,7 @@ class Quality:
 
 @dataclass
 class Reference:
-    """The original model's final hidden states, `(1, window, hidden)` each, and the function that makes logits of them."""
+    """The original model's final hidden states, `(1, window, hidden)` each, and how it makes logits of them."""
 
     hidden: list[torch.Tensor]
     head: Callable[[torch.Tensor], torch.Tensor]
@@ -57,7 +57,7 @@ def logit_head(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 
     def head(hidden: torch.Tensor) -> torch.Tensor:
-        logits = embedding(hidden).float() * scale
+        logits: torch.Tensor = embedding(hidden).float() * scale
         return torch.tanh(logits / cap) * cap if cap else logits
 
     return head
@@ -92,7 +92,8 @@ def reference_states(model: nn.Module, windows: torch.Tensor) -> Reference:
     head = logit_head(core)
     _check_head(core, head, windows[:1])
     return Reference(
-        [final_hidden(core, ids[None]) for ids in logging.tqdm(windows, desc="evaluating original", unit="window")], head
+        [final_hidden(core, ids[None]) for ids in logging.tqdm(windows, desc="evaluating original", unit="window")],
+        head,
     )
 
 

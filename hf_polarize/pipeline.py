@@ -1,239 +1,172 @@
-"""From a model and data to a polarized model, step by step."""
+"""A recipe, step by step: load, measure, polarize, save, measure again, report."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import nn
+import transformers
 from transformers import PreTrainedModel
 from transformers.utils import logging
-from transformers.utils.quantization_config import QuantizationMethod
 
-from .backbone import BackboneHfQuantizer, BackboneLayer, backbone_layers, quantize_linear, release_memory, weight_matrix
-from .calibration import MEMORY_LIMIT, input_covariances
-from .checkpoint import PolarizeHfQuantizer
-from .compensation import compensate, damped
-from .configuration import PolarizeConfig, SurrogateConfig
-from .data import calibration_batches
-from .surrogate import attach_surrogates
+from .checkpoint import SIDECAR, prepare_folder, save_polarized, sidecar, write_json
+from .data import calibration_batches, is_causal_lm, is_text_model, read_texts, token_windows
+from .evaluation import (
+    Quality,
+    evaluate_causal_lm,
+    gap_recovered,
+    model_outputs,
+    output_distance,
+    reference_states,
+)
+from .hub import push_folder
+from .inspection import CheckpointInfo, inspect_checkpoint
+from .polarization import check_plan, forget_gguf, polarize, public_name
+from .recipe import Recipe, load_data
+from .report import markdown_report, plot_layer_errors
+from .surrogate import backbone_only
 
 logger = logging.get_logger(__name__)
 
 
-@dataclass
-class Solution:
-    """What the closed form gave for one layer: its backbone, its factors, and its relative output error."""
-
-    layer: BackboneLayer
-    a: torch.Tensor
-    b: torch.Tensor
-    error_before: float
-    error_after: float
-
-
-def polarize(
-    model: PreTrainedModel,
-    data: Any,
-    config: PolarizeConfig | None = None,
-    surrogate: SurrogateConfig | None = None,
-    *,
-    original: PreTrainedModel | None = None,
-    processor: Any = None,
-    window: int = 512,
-    max_tokens: int = 16384,
-    batch_size: int = 4,
-    seed: int = 0,
-    text_column: str | None = None,
-    memory_limit: int = MEMORY_LIMIT,
-) -> PreTrainedModel:
+class Evaluator:
     """
-    Polarize a model in one call: calibrate, solve, attach.
+    Measure models against the original on held-out data.
 
-    The original model is run on the data and the covariance of each layer's input is collected; each layer's
-    quantization error is compensated by the rank-r path that is best for those inputs (see
-    [`~hf_polarize.compensation.compensate`]); the paths are attached as one PEFT adapter named "surrogate".
+    The original's outputs are computed once, when this is made, and kept: final hidden states for a causal language
+    model, the outputs themselves for any other.
+    """
+
+    def __init__(self, original: PreTrainedModel, recipe: Recipe, data: Any, processor: Any) -> None:
+        self.causal = is_causal_lm(original)
+        window, count = recipe.evaluation_window, recipe.evaluation_windows
+        name = recipe.evaluation.removeprefix("hub:").rpartition("/")[2]
+        if self.causal:
+            self.windows = token_windows(read_texts(data, recipe.evaluation_column), processor, window, count)
+            self.protocol = (
+                f"Token perplexity on `{name}`: {len(self.windows)} windows of {window} tokens that don't overlap, "
+                "spread evenly; KL in nats per token."
+            )
+        else:
+            self.batches = calibration_batches(
+                original, data, processor, window, window * count, recipe.batch_size, 0, recipe.evaluation_column
+            )
+            what = "KL(original || model) of the logits" if original.get_output_embeddings() else "1 - cosine"
+            self.protocol = f"Loss is the mean distance of the output from the original's on `{name}`: {what}."
+        started = time.monotonic()
+        if self.causal:
+            self.reference = reference_states(original, self.windows)
+            self.original = evaluate_causal_lm(original, self.windows, self.reference, desc="evaluating original")
+        else:
+            self.outputs = model_outputs(original, self.batches, desc="evaluating original")
+            self.logits = original.base_model is not original or original.get_output_embeddings() is not None
+            self.original = output_distance(self.outputs, self.outputs, self.logits)
+        self.seconds = time.monotonic() - started
+
+    def measure(self, model: PreTrainedModel, desc: str) -> tuple[Quality, float]:
+        """Return what a model does, and the seconds that it took."""
+        started = time.monotonic()
+        if self.causal:
+            quality = evaluate_causal_lm(model, self.windows, self.reference, desc=f"evaluating {desc}")
+        else:
+            quality = output_distance(
+                self.outputs, model_outputs(model, self.batches, f"evaluating {desc}"), self.logits
+            )
+        return quality, time.monotonic() - started
+
+
+def load_model(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
+    """Load a recipe's original model and its tokenizer or image processor."""
+    name, gguf_file, _ = recipe.source()
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    dtype = recipe.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    device = recipe.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = getattr(transformers, recipe.model_class).from_pretrained(name, dtype=dtype, **extra).to(device).eval()
+    forget_gguf(model)
+    auto = transformers.AutoTokenizer if is_text_model(model) else transformers.AutoImageProcessor
+    return model, auto.from_pretrained(name, **extra)
+
+
+def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
+    """
+    Run a recipe and leave everything in its output folder.
+
+    The folder then holds the checkpoint at its root, `metrics.json`, `report.md` and `layer_errors.png`. The
+    checkpoint is written as soon as the model is polarized: an interruption after that loses only measurements.
 
     Args:
-        model (`PreTrainedModel`):
-            The original model, which is quantized in place; or one that was loaded with a [`PolarizeConfig`], which
-            gets its surrogates in place.
-        data: `"self"` (text that the original model writes itself), the path of a text file, a list of strings, a
-            `datasets.Dataset` of text, tokens, pixels or images, or a list of batches.
-        config ([`PolarizeConfig`], *optional*): for an original model; the default is NF4. A model that has a backbone
-            keeps the one it has.
-        surrogate ([`SurrogateConfig`], *optional*): the default has rank 8.
-        original (`PreTrainedModel`, *optional*): for a model that has a backbone: the model it was made from. Left
-            out, it is loaded from `model.name_or_path`, in the dtype of its checkpoint.
-        processor (*optional*): tokenizer or image processor of the model, for text or image data. Left out, it is
-            loaded from `model.name_or_path` where that names a model.
-        window (`int`, defaults to 512): tokens per calibration window.
-        max_tokens (`int`, defaults to 16384): calibration tokens, in whole windows spread evenly over the data.
-        batch_size (`int`, defaults to 4): windows per batch.
-        seed (`int`, defaults to 0): of the text for `"self"`; everything else is deterministic.
-        text_column (`str`, *optional*): of a data set; the first column of strings if left out.
-        memory_limit (`int`, defaults to 2 GiB): bytes of covariances at a time. More passes if it is small.
+        recipe ([`Recipe`]): what to do.
+        command (`str`): how to run it again, for the report.
 
     Returns:
-        `PreTrainedModel`: the same object, with a backbone and trainable surrogates. How it was made, and each layer's
-        relative output error before and after, are in `model.polarization`.
-
-    Raises:
-        ValueError: Before any work, if the model or the data can't be polarized like that.
+        `dict`: the content of `metrics.json`.
     """
     started = time.monotonic()
-    surrogate = surrogate or SurrogateConfig()
-    has_backbone = any(True for _ in backbone_layers(model))
-    if getattr(model, "peft_config", None):
-        raise ValueError(f"the model has adapters {sorted(model.peft_config)}; polarize a model without any")
-    if has_backbone and config is not None:
-        raise ValueError("the model has a backbone already; config is for an original model. Leave one of them out")
-    if original is not None and not has_backbone:
-        raise ValueError("original is for a model that was loaded with a PolarizeConfig; this one is itself an original")
-    if not 1 <= window <= max_tokens:
-        raise ValueError(f"max_tokens must hold at least one window; got window={window}, max_tokens={max_tokens}")
-    if not has_backbone:
-        forget_gguf(model)
-        if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
-            raise ValueError(
-                f"the model is quantized already ({getattr(model, 'quantization_method', 'unknown method')}); give the "
-                "original in 16 or 32 bits"
-            )
-        quantizer = PolarizeHfQuantizer(copy_config(config), pre_quantized=False)
-        quantizer.update_dtype(model.dtype)
-        layers = quantizer.modules_to_convert(model)
-        original = model
-    else:
-        quantizer = model.hf_quantizer
-        original = original or load_original(model)
-        layers = {name: original.get_submodule(name) for name, _ in backbone_layers(model)}
-    ranks = layer_ranks(layers, surrogate)
-    processor = processor or load_processor(model)
-    batches = calibration_batches(original, data, processor, window, max_tokens, batch_size, seed, text_column)
+    folder = prepare_folder(recipe.output_dir, recipe.overwrite)
+    vision = recipe.model_class == "AutoModelForImageClassification"
+    calibration = load_data(recipe.calibration, recipe.calibration_samples if vision else None)
+    evaluation = load_data(recipe.evaluation, recipe.evaluation_samples if vision else None)
+    model, processor = load_model(recipe)
+    base_model = recipe.source()[2]
+    config, surrogate = recipe.polarize_config(), recipe.surrogate_config()
+    check_plan(model, config, surrogate)
 
-    given = dict(backbone_layers(model))
-    solutions = solve(original, batches, layers, quantizer.quantization_config, ranks, given, memory_limit)
-    if not has_backbone:
-        for name, solution in solutions.items():
-            model.set_submodule(name, solution.layer)
-        quantizer.mark(model)
-    del original, layers
-    attach_surrogates(model, surrogate, {name: (s.a, s.b) for name, s in solutions.items()})
-    release_memory()
-    model.polarization = {
-        "provenance": {
-            "base_model": str(model.config._name_or_path or ""),
-            "method": "closed form with the full input covariance",
-            "calibration": {
-                "source": describe(data),
-                "tokens": sum(next(iter(batch.values())).shape[:2].numel() for batch in batches)
-                if "input_ids" in batches[0]
-                else None,
-                "samples": sum(len(next(iter(batch.values()))) for batch in batches),
-                "window": window,
-                "seed": seed,
-            },
-            "seconds": round(time.monotonic() - started, 1),
-            "torch": torch.__version__,
-        },
-        "layers": {
-            name: {"rank": len(s.a), "error_before": s.error_before, "error_after": s.error_after}
-            for name, s in solutions.items()
-        },
+    evaluator = Evaluator(model, recipe, evaluation, processor)
+    original_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    original_bits = 8.0 * model.dtype.itemsize
+    polarize(
+        model, calibration, config, surrogate, processor=processor, window=recipe.window,
+        max_tokens=recipe.max_tokens, batch_size=recipe.batch_size, seed=recipe.seed,
+        text_column=recipe.calibration_column,
+    )  # fmt: skip
+    provenance = model.polarization["provenance"]
+    provenance["base_model"] = public_name(base_model)
+    provenance["calibration"]["source"] = recipe.calibration.rpartition("/")[2]
+    save_polarized(model, folder, processor, overwrite=True)
+    info = inspect_checkpoint(folder)
+
+    polarized, polarized_seconds = evaluator.measure(model, "polarized")
+    with backbone_only(model):
+        backbone, backbone_seconds = evaluator.measure(model, "backbone alone")
+    metrics = {
+        "original": _variant(evaluator.original, original_bits, original_bytes, evaluator.seconds),
+        "backbone": _variant(
+            backbone, info.bits("code") + info.bits("scale"), info.bytes - _surrogate_bytes(info), backbone_seconds
+        ),
+        "polarized": _variant(polarized, info.bits_per_weight, info.bytes, polarized_seconds),
+        "gap_recovered": gap_recovered(evaluator.original, backbone, polarized),
+        "bits_per_weight": info.bits_per_weight,
+        "bytes": info.bytes,
+        "protocol": evaluator.protocol,
+        "text": recipe.evaluation.rpartition("/")[2],
+        "seconds": time.monotonic() - started,
     }
-    return model
+    model.polarization["results"] = {key: value for key, value in metrics.items() if key != "seconds"}
+    write_json(folder / SIDECAR, sidecar(model))
+    write_json(folder / "metrics.json", {**metrics, "recipe": asdict(recipe)})
+    plot_layer_errors(model.polarization["layers"], folder / "layer_errors.png")
+    title = f"{provenance['base_model']}, polarized ({recipe.backbone.upper()}, rank {recipe.r})"
+    report = markdown_report(title, metrics, inspect_checkpoint(folder), command, "layer_errors.png")
+    (folder / "report.md").write_text(report, encoding="utf-8")
+    if recipe.push_to:
+        push_folder(folder, recipe.push_to)
+    return metrics
 
 
-def forget_gguf(model: PreTrainedModel) -> None:
-    """Clear the marks of GGUF quantization, which transformers leaves on a model that it has dequantized."""
-    if getattr(model, "quantization_method", None) == QuantizationMethod.GGUF:
-        model.hf_quantizer.remove_quantization_config(model)
-        model.config._is_quantized = False
+def _variant(quality: Quality, bits: float, size: int, seconds: float) -> dict[str, Any]:
+    return {
+        "loss": quality.loss,
+        "perplexity": quality.perplexity,
+        "kl": quality.kl,
+        "bits_per_weight": bits,
+        "bytes": size,
+        "seconds": seconds,
+    }
 
 
-def copy_config(config: PolarizeConfig | None) -> PolarizeConfig:
-    """Copy a configuration, since the names of the layers left alone are written into it."""
-    return PolarizeConfig.from_dict(config.to_dict()) if config is not None else PolarizeConfig()  # type: ignore
-
-
-def describe(data: Any) -> str:
-    """Say in a word what the calibration data was, without a path."""
-    from pathlib import Path
-
-    if isinstance(data, (str, Path)):
-        return Path(data).name
-    return f"{type(data).__name__} of {len(data)}" if hasattr(data, "__len__") else type(data).__name__
-
-
-def layer_ranks(layers: dict[str, nn.Module], surrogate: SurrogateConfig) -> dict[str, int]:
-    """Return the rank of each layer, as PEFT resolves `rank_pattern`; raise if one is too large for its layer."""
-    from peft.utils.other import get_pattern_key
-
-    pattern = surrogate.rank_pattern or {}
-    ranks = {name: pattern.get(get_pattern_key(pattern, name), surrogate.r) for name in layers}
-    for name, rank in ranks.items():
-        limit = min(weight_matrix(layers[name]).shape)
-        if rank > limit:
-            raise ValueError(f"rank must be in 1..min(in, out) = 1..{limit} for {name}; got {rank}")
-    return ranks
-
-
-def load_original(model: PreTrainedModel) -> PreTrainedModel:
-    """Load the model that a backbone was made from, from the name it was loaded by."""
-    name = model.config._name_or_path
-    if not name:
-        raise ValueError("polarize needs the original weights: pass original=..., this model names no source")
-    logger.info("loading the original weights from %s", name)
-    return type(model).from_pretrained(name, dtype="auto").to(model.device)  # type: ignore[no-any-return]
-
-
-def load_processor(model: PreTrainedModel) -> Any:
-    """Load the tokenizer or image processor beside a model, or return `None` where there is none."""
-    from transformers import AutoImageProcessor, AutoTokenizer
-
-    from .data import is_text_model
-
-    name = model.config._name_or_path
-    if not name:
-        return None
-    try:
-        return (AutoTokenizer if is_text_model(model) else AutoImageProcessor).from_pretrained(name)
-    except (OSError, ValueError):
-        return None
-
-
-def solve(
-    original: PreTrainedModel,
-    batches: list[dict[str, torch.Tensor]],
-    layers: dict[str, nn.Module],
-    config: PolarizeConfig,
-    ranks: dict[str, int],
-    given: dict[str, BackboneLayer],
-    memory_limit: int,
-) -> dict[str, Solution]:
-    """Quantize each layer (unless its backbone is given) and compensate it on the calibration data."""
-    solutions: dict[str, Solution] = {}
-    with logging.tqdm(total=len(layers), desc="solving", unit="layer") as bar:
-
-        def finish(names: Any, covariances: dict[str, torch.Tensor]) -> None:
-            last: torch.Tensor | None = None
-            for name in names:
-                weight = weight_matrix(layers[name]).detach()
-                layer = given.get(name) or quantize_linear(layers[name], config)
-                if name not in covariances:
-                    h = damped(torch.eye(weight.shape[1], device=weight.device))
-                elif covariances[name] is not last:
-                    last = covariances[name]
-                    h = damped(last)
-                error = weight.double() - layer.dequantized().double()
-                result = compensate(weight, error, h, ranks[name])
-                solutions[name] = Solution(layer, result.a, result.b, result.error_before, result.error_after)
-                bar.update()
-
-        for covariances in input_covariances(original, batches, layers, memory_limit):
-            finish(list(covariances), covariances)
-            covariances.clear()
-        finish([name for name in layers if name not in solutions], {})
-    return {name: solutions[name] for name in layers}
+def _surrogate_bytes(info: CheckpointInfo) -> int:
+    return sum(layer.surrogate_bytes for layer in info.layers)

@@ -32,6 +32,10 @@ class SurrogateLayer:
     [`backbone_only`] always does.
     """
 
+    in_features: int
+    out_features: int
+    _active_adapter: str | list[str]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._surrogates: list[str] = []
         self._user_adapters_off = False
@@ -52,7 +56,7 @@ class SurrogateLayer:
             )
         if is_surrogate and adapter_name not in self._surrogates:
             self._surrogates.append(adapter_name)
-        named = self._active_adapter  # type: ignore[has-type]
+        named = self._active_adapter
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[misc]
         self.set_adapter(named, inference_mode=config.inference_mode)
 

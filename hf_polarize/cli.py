@@ -1,0 +1,132 @@
+"""hf-polarize: run a recipe, look into a checkpoint, upload it."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="hf-polarize", description=__doc__)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="run a recipe",
+        description="Polarize a model as a recipe says. Defaults < recipe < key=value.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("recipe", help="YAML file")
+    run.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file")
+
+    info = commands.add_parser("info", help="tell what is in a checkpoint")
+    info.add_argument("directory", help="folder of a polarized checkpoint")
+
+    push = commands.add_parser("push", help="upload a checkpoint to the Hub in one commit, with a model card")
+    push.add_argument("directory", help="folder of a polarized checkpoint")
+    push.add_argument("repo", help="user/name")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
+    push.add_argument("--message", default="Upload polarized model", help="of the commit")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    parser = build_parser()
+    if argv[:1] == ["run"] and {"-h", "--help"} & set(argv):
+        from .recipe import describe_keys  # only the help of this command needs the keys, and they need torch
+
+        run = parser._subparsers._group_actions[0].choices["run"]  # type: ignore[union-attr, index]
+        run.epilog = f"recipe keys and their defaults:\n\n{describe_keys()}"
+    options = parser.parse_args(argv)
+    try:
+        return {"run": _run, "info": _info, "push": _push}[options.command](options)
+    except KeyboardInterrupt:
+        print("hf-polarize: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:  # a command line ends with a sentence; --debug shows where it came from
+        if options.debug:
+            raise
+        print(f"hf-polarize: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .pipeline import run_recipe
+    from .recipe import load_recipe
+    from .report import results_rows
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    command = shlex.join(["hf-polarize", "run", options.recipe, *options.overrides])
+    metrics = run_recipe(recipe, command)
+    console = Console()
+    header, rows = results_rows(metrics)
+    table = Table(title="on held-out data")
+    for heading in header:
+        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"checkpoint, metrics.json and report.md are in {Path(recipe.output_dir)}/")
+    return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .inspection import inspect_checkpoint
+
+    info = inspect_checkpoint(options.directory)
+    console = Console()
+    table = Table(title=f"{(info.config.get('architectures') or ['model'])[0]} in {options.directory}")
+    for heading in ("layer", "shape", "rank", "backbone", "scales", "surrogate", "bytes"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for layer in info.layers:
+        parts = (layer.code_bytes, layer.scale_bytes, layer.surrogate_bytes)
+        bits = [f"{8 * size / layer.weights:.3f}" for size in parts]
+        shape = f"{layer.out_features} x {layer.in_features}"
+        table.add_row(layer.name, shape, str(layer.rank), *bits, f"{sum(parts):,}")
+    total = [f"{info.bits(part):.3f}" for part in ("code", "scale", "surrogate")]
+    table.add_section()
+    table.add_row(f"{len(info.layers)} layers", "", "", *total, f"{info.bytes - info.other_bytes:,}")
+    console.print(table)
+    console.print("backbone, scales and surrogate in bits per weight of the layer")
+    console.print(f"bits per weight: {info.bits_per_weight:.3f}")
+    console.print(f"left in high precision: {info.other_bytes:,} bytes; total: {info.bytes:,} bytes")
+    if not info.sidecar:
+        console.print("no record of how it was made (no polarize_config.json)")
+        return 0
+    backbone = info.sidecar["backbone"]
+    console.print(
+        f"backbone: {backbone['format']}, double quantization {backbone['double_quant']}, "
+        f"activations {backbone['activations']}; hf_polarize {info.sidecar['hf_polarize_version']}"
+    )
+    for key, value in info.sidecar.get("provenance", {}).items():
+        console.print(f"{key}: {value}", highlight=False)
+    results = info.sidecar.get("results")
+    if results and results.get("gap_recovered") is not None:
+        console.print(f"gap recovered: {100 * results['gap_recovered']:.1f} % ({results['protocol']})")
+    return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    from .hub import push_folder
+
+    commit = push_folder(
+        options.directory, options.repo, private=options.private or None, commit_message=options.message
+    )
+    print(commit.commit_url)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

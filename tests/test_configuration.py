@@ -1,0 +1,108 @@
+"""What is accepted, what is refused and how, and what survives a round trip."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig
+from transformers import BitsAndBytesConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
+
+from hf_polarize import PolarizeConfig, SurrogateConfig
+
+configs = st.builds(
+    lambda backbone, double_quant, dtype, activations, skip: PolarizeConfig(
+        backbone,
+        double_quant=double_quant and backbone == "nf4",
+        compute_dtype=dtype if backbone == "nf4" else None,
+        activations=activations,
+        modules_to_not_convert=skip,
+    ),
+    st.sampled_from(["nf4", "int8"]),
+    st.booleans(),
+    st.sampled_from([None, "float32", "bfloat16", torch.float16]),
+    st.sampled_from([None, "int8", "nf4"]),
+    st.none() | st.lists(st.sampled_from(["lm_head", "score", "layers.0"]), max_size=2),
+)
+
+
+@given(configs)
+def test_a_configuration_survives_json(config):
+    written = json.loads(json.dumps(config.to_dict()))
+    read = AutoQuantizationConfig.from_dict(written)
+    assert isinstance(read, PolarizeConfig)
+    for name in ("backbone", "double_quant", "activations", "modules_to_not_convert", "bnb_4bit_compute_dtype"):
+        assert getattr(read, name) == getattr(config, name)
+    assert read.to_dict() == config.to_dict()
+
+
+@given(configs)
+def test_readers_without_the_library_see_a_bitsandbytes_configuration(config):
+    written = json.loads(json.dumps(config.to_dict()))
+    assert written["quant_method"] == "bitsandbytes"
+    vanilla = BitsAndBytesConfig.from_dict(written)
+    assert vanilla.quantization_method() == {"nf4": "nf4", "int8": "llm_int8"}[config.backbone]
+    assert vanilla.llm_int8_threshold == 0
+    assert vanilla.llm_int8_skip_modules == config.modules_to_not_convert
+
+
+def test_other_bitsandbytes_configurations_pass_through():
+    plain = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    assert type(AutoQuantizationConfig.from_dict(plain.to_dict())) is BitsAndBytesConfig
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backbone": "nf3"}, r"backbone must be one of 'nf4', 'int8'; got 'nf3'"),
+        ({"activations": "fp8"}, r"activations must be one of None, 'int8', 'nf4'; got 'fp8'"),
+        ({"double_quant": "yes"}, r"double_quant must be one of True, False; got 'yes'"),
+        ({"backbone": "int8", "double_quant": True}, "double_quant compresses the scales of NF4"),
+        ({"compute_dtype": "float64"}, r"compute_dtype must be one of None, 'float32', 'bfloat16', 'float16'"),
+        ({"backbone": "int8", "compute_dtype": "float32"}, "multiplies in INT8"),
+        ({"modules_to_not_convert": "lm_head"}, "list of names; got 'lm_head'"),
+        ({"cim": {"adc_bits": 6}}, "cim must be None"),
+    ],
+)
+def test_a_wrong_choice_is_refused_with_what_is_accepted(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PolarizeConfig(**arguments)
+
+
+def test_an_unknown_field_is_refused():
+    with pytest.raises(TypeError, match="bits"):
+        PolarizeConfig(bits=4)
+
+
+def test_a_surrogate_is_a_lora_of_unit_scale():
+    config = SurrogateConfig(r=16, rank_pattern={"down_proj": 4})
+    assert isinstance(config, LoraConfig) and config.peft_type == "LORA"
+    assert config.lora_alpha == 16 and config.alpha_pattern == {"down_proj": 4}
+    assert SurrogateConfig().r == 8 and SurrogateConfig().target_modules == "all-linear"
+    assert SurrogateConfig(start="random").init_lora_weights is False
+
+
+def test_peft_knows_every_key_that_a_surrogate_writes():
+    assert set(SurrogateConfig().to_dict()) == set(LoraConfig().to_dict())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"r": 0}, "r must be an integer of at least 1; got 0"),
+        ({"r": 2.5}, "r must be an integer"),
+        ({"rank_pattern": {"q_proj": -1}}, r"rank_pattern\['q_proj'\] must be an integer of at least 1; got -1"),
+        ({"r": 8, "lora_alpha": 16}, "unit scale"),
+        ({"alpha_pattern": {"q_proj": 4}}, "unit scale"),
+        ({"use_rslora": True}, "use_rslora must be False"),
+        ({"use_dora": True}, "use_dora must be False"),
+        ({"lora_dropout": 0.1}, r"lora_dropout must be 0\.0"),
+        ({"bias": "all"}, "bias must be 'none'"),
+        ({"start": "pissa"}, "start must be one of 'zero', 'random'; got 'pissa'"),
+    ],
+)
+def test_what_breaks_the_format_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SurrogateConfig(**arguments)
