@@ -24,8 +24,8 @@ TEMPLATE = """---
 
 # {{ title }}
 
-{{ base }} with {{ backbone }} weights and a rank-{{ ranks }} *surrogate*: a thin float32 path `B A` beside each
-quantized linear layer, which takes back accuracy that quantization lost. Made with hf_polarize
+{{ base }} with {{ backbone }} weights and a rank-{{ ranks }} *surrogate*: a thin high-precision path `B A` beside
+each quantized linear layer, which takes back accuracy that quantization lost. Made with hf_polarize
 {{ version }} ({{ method }}).
 
 ## How to load it

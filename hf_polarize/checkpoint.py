@@ -195,7 +195,8 @@ def save_polarized(
 
     state = get_peft_model_state_dict(core, adapter_name=adapter, save_embedding_layers=False)
     save_file(
-        {PEFT_PREFIX + key: value.detach().contiguous().cpu() for key, value in state.items()},
+        # in the dtype of the model: that is what transformers loads an adapter in, whatever the file holds
+        {PEFT_PREFIX + key: value.detach().to(core.dtype).contiguous().cpu() for key, value in state.items()},
         folder / ADAPTER_WEIGHTS,
         metadata={"format": "pt"},
     )

@@ -182,8 +182,9 @@ class SurrogateConfig(LoraConfig):
 
     Args:
         r (`int`, defaults to 8):
-            Rank of each path. A layer of `out x in` weights gets `r * (out + in)` float32 parameters: at `r=8` and
-            768 x 768, 2 % of the layer's weights and 0.67 bit per weight. At most `min(in, out)` of every layer.
+            Rank of each path. A layer of `out x in` weights gets `r * (out + in)` parameters in the model's dtype: at
+            `r=8` and 768 x 768, 2 % of the layer's weights, 0.67 bit per weight in float32 and half of that in
+            bfloat16. At most `min(in, out)` of every layer.
         rank_pattern (`dict[str, int]`, *optional*):
             Ranks of single layers, by name or regular expression; `alpha_pattern` always follows it.
         target_modules (`str` or `list[str]`, defaults to `"all-linear"`):
@@ -237,5 +238,13 @@ class SurrogateConfig(LoraConfig):
             if getattr(self, name) != plain:
                 raise ValueError(f"{name} must be {plain!r} for a surrogate; got {getattr(self, name)!r}")
         self.init_lora_weights = start == "zero"
+        self._layers: dict[str, nn.Module] = {}
         super().__post_init__()
         self._register_custom_module(SURROGATE_LAYERS)
+
+    def enter(self, name: str, layer: nn.Module) -> dict[str, nn.Module]:
+        """Note a layer that was made with this configuration; return all those of its model, by name."""
+        if name in self._layers:  # the same configuration, for another model
+            self._layers = {}
+        self._layers[name] = layer
+        return self._layers

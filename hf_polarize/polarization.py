@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def polarize(
         ValueError: Before any work, if the model or the data can't be polarized like that.
     """
     started = time.monotonic()
-    surrogate = surrogate or SurrogateConfig()
+    surrogate = dataclasses.replace(surrogate, start="zero") if surrogate is not None else SurrogateConfig()
     has_backbone = any(True for _ in backbone_layers(model))
     if getattr(model, "peft_config", None):
         raise ValueError(f"the model has adapters {sorted(model.peft_config)}; polarize a model without any")

@@ -26,28 +26,31 @@ class SurrogateLayer:
 
     `y = backbone(x) + B (A x) + (what the user stacked on top)(x)`
 
-    Such an adapter stays in the forward pass whichever adapter a user activates, and stays frozen unless the user
-    names it. With a user's adapter on top, *disable* switches off only that one: the reference model of a preference
-    loss is the polarized model and not its bare backbone. With no other adapter, *disable* leaves the backbone alone;
-    [`backbone_only`] always does.
+    Such an adapter stays in the forward pass whichever adapter a user activates. It is frozen once a user's adapter
+    stands beside it, and trainable again when the user names it (`model.set_adapter("surrogate")`). With a user's
+    adapter on top, *disable* switches off only that one: the reference model of a preference loss is the polarized
+    model and not its bare backbone. With no other adapter, *disable* leaves the backbone alone; [`backbone_only`]
+    always does.
     """
 
     in_features: int
     out_features: int
     _active_adapter: str | list[str]
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, target_name: str = "", **kwargs: Any) -> None:
         self._surrogates: list[str] = []
+        self._siblings: dict[str, SurrogateLayer] = {}
+        self._target_name = target_name
         self._user_adapters_off = False
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, target_name=target_name, **kwargs)  # type: ignore[call-arg]
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         is_surrogate = isinstance(config, SurrogateConfig)
-        limit = min(self.in_features, self.out_features)  # type: ignore[attr-defined]
+        limit = min(self.in_features, self.out_features)
         if is_surrogate and r > limit:
             raise ValueError(
-                f"rank must be in 1..min(in_features, out_features) = 1..{limit} for {kwargs.get('target_name')} "
-                f"({self.in_features} -> {self.out_features}); got {r}"  # type: ignore[attr-defined]
+                f"rank must be in 1..min(in_features, out_features) = 1..{limit} for {self._target_name} "
+                f"({self.in_features} -> {self.out_features}); got {r}"
             )
         if adapter_name in self._surrogates and not is_surrogate:
             raise ValueError(
@@ -56,9 +59,24 @@ class SurrogateLayer:
             )
         if is_surrogate and adapter_name not in self._surrogates:
             self._surrogates.append(adapter_name)
+            self._siblings = config.enter(self._target_name, self)
+        elif not is_surrogate:
+            for layer in self._siblings.values():
+                layer.freeze()
         named = self._active_adapter
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[misc]
         self.set_adapter(named, inference_mode=config.inference_mode)
+
+    def freeze(self) -> None:
+        """
+        Freeze the surrogates of this layer.
+
+        The parameters are replaced: `get_peft_model` remembers those that it found and restores their `requires_grad`
+        after it has added an adapter (tuners_utils.py:885 of peft 0.21.2).
+        """
+        for name in self._surrogates:
+            for factor in (self.lora_A[name], self.lora_B[name]):  # type: ignore[attr-defined]
+                factor.weight = nn.Parameter(factor.weight.data, requires_grad=False)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -162,7 +180,8 @@ def attach_surrogates(
         model (`PreTrainedModel`): with a backbone.
         config (`SurrogateConfig`): its `target_modules` are set to the layers of `values`.
         values (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`):
-            A `(r, in_features)` and B `(out_features, r)` by layer name; kept in float32.
+            A `(r, in_features)` and B `(out_features, r)` by layer name. They get the dtype of the model, the one in
+            which transformers loads an adapter: float32 beside a float32 model.
         trainable (`bool`, defaults to `True`): whether the factors ask for gradients.
 
     Returns:

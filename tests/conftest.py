@@ -54,7 +54,7 @@ def tiny_model(family, seed=0, dtype=torch.float32):
     special = {} if config_class in (ViTConfig, T5Config) else {"bos_token_id": 1, "eos_token_id": 2}
     config = config_class(**SIZES[config_class], **vocabulary, **special, **extra)
     torch.manual_seed(seed)
-    model = getattr(transformers, auto).from_config(config).to(dtype).eval()
+    model = getattr(transformers, auto).from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 2:
