@@ -189,12 +189,10 @@ def attach_surrogates(
     """
     config.target_modules = target_modules(model, set(values))
     model.add_adapter(config, SURROGATE)
-    with torch.no_grad():
-        for name, (a, b) in factors(model).items():
-            a.copy_(values[name][0])
-            b.copy_(values[name][1])
-            a.requires_grad_(trainable)
-            b.requires_grad_(trainable)
+    for name, pair in factors(model).items():
+        for factor, value in zip(pair, values[name], strict=True):
+            factor.data = value.to(factor.device, model.dtype)
+            factor.requires_grad_(trainable)
     return model
 
 
