@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -30,7 +30,7 @@ from transformers.utils import cached_file, logging
 
 from .backbone import BackboneHfQuantizer, backbone_layers
 from .configuration import PolarizeConfig, SurrogateConfig
-from .surrogate import SURROGATE, core_model, factors, surrogate_adapter
+from .surrogate import SURROGATE, core_model, factor_dtype, factors, surrogate_adapter, surrogates
 
 logger = logging.get_logger(__name__)
 
@@ -193,13 +193,13 @@ def save_polarized(
         processor.save_pretrained(folder)
     save_torch_state_dict(base_state_dict(core), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
 
-    state = get_peft_model_state_dict(core, adapter_name=adapter, save_embedding_layers=False)
-    save_file(
-        # in the dtype of the model: that is what transformers loads an adapter in, whatever the file holds
-        {PEFT_PREFIX + key: value.detach().to(core.dtype).contiguous().cpu() for key, value in state.items()},
-        folder / ADAPTER_WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    pairs = factors(model)
+    state = {
+        f"{PEFT_PREFIX}{name}.lora_{part}.weight": factor.detach().to("cpu", factor_dtype(layer)).contiguous()
+        for name, layer, _ in surrogates(model)
+        for part, factor in zip("AB", pairs[name], strict=True)
+    }
+    save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     write_json(folder / ADAPTER_CONFIG, plain_adapter_config(core.peft_config[adapter]))
     write_json(folder / SIDECAR, sidecar(model))
     return folder

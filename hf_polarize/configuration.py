@@ -182,9 +182,10 @@ class SurrogateConfig(LoraConfig):
 
     Args:
         r (`int`, defaults to 8):
-            Rank of each path. A layer of `out x in` weights gets `r * (out + in)` parameters in the model's dtype: at
-            `r=8` and 768 x 768, 2 % of the layer's weights, 0.67 bit per weight in float32 and half of that in
-            bfloat16. At most `min(in, out)` of every layer.
+            Rank of each path. A layer of `out x in` weights gets `r * (out + in)` parameters: at `r=8` and 768 x 768,
+            2 % of the layer's weights. They are kept in the compute dtype of an NF4 backbone (0.67 bit per weight in
+            float32, half of that in bfloat16) and in float32 beside an INT8 one. At most `min(in, out)` of every
+            layer.
         rank_pattern (`dict[str, int]`, *optional*):
             Ranks of single layers, by name or regular expression; `alpha_pattern` always follows it.
         target_modules (`str` or `list[str]`, defaults to `"all-linear"`):

@@ -167,6 +167,17 @@ def target_modules(model: nn.Module, names: set[str]) -> list[str]:
     return sorted(short if found == names else names)
 
 
+def factor_dtype(layer: nn.Module) -> torch.dtype:
+    """
+    Return the dtype in which transformers and PEFT load the factors of a layer, whatever the file holds.
+
+    It is the compute dtype of an NF4 layer (tuners_utils.py:2163 of peft 0.21.2), by default that of the model, and
+    float32 beside an INT8 layer.
+    """
+    dtype: torch.dtype | None = getattr(layer.get_base_layer(), "compute_dtype", None)  # type: ignore[operator]
+    return dtype or torch.float32
+
+
 def attach_surrogates(
     model: PreTrainedModel,
     config: SurrogateConfig,
@@ -180,8 +191,7 @@ def attach_surrogates(
         model (`PreTrainedModel`): with a backbone.
         config (`SurrogateConfig`): its `target_modules` are set to the layers of `values`.
         values (`Mapping[str, tuple[torch.Tensor, torch.Tensor]]`):
-            A `(r, in_features)` and B `(out_features, r)` by layer name. They get the dtype of the model, the one in
-            which transformers loads an adapter: float32 beside a float32 model.
+            A `(r, in_features)` and B `(out_features, r)` by layer name, kept in [`factor_dtype`].
         trainable (`bool`, defaults to `True`): whether the factors ask for gradients.
 
     Returns:
@@ -191,7 +201,7 @@ def attach_surrogates(
     model.add_adapter(config, SURROGATE)
     for name, pair in factors(model).items():
         for factor, value in zip(pair, values[name], strict=True):
-            factor.data = value.to(factor.device, model.dtype)
+            factor.data.copy_(value)
             factor.requires_grad_(trainable)
     return model
 
