@@ -30,7 +30,7 @@ from transformers.utils import cached_file, logging
 
 from .backbone import BackboneHfQuantizer, backbone_layers
 from .configuration import PolarizeConfig, SurrogateConfig
-from .surrogate import SURROGATE, core_model, factor_dtype, factors, surrogate_adapter, surrogates
+from .surrogate import SURROGATE, core_model, factor_dtype, factors, surrogate_adapter, surrogates, target_modules
 
 logger = logging.get_logger(__name__)
 
@@ -200,22 +200,22 @@ def save_polarized(
         for part, factor in zip("AB", pairs[name], strict=True)
     }
     save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    write_json(folder / ADAPTER_CONFIG, plain_adapter_config(core.peft_config[adapter]))
+    write_json(
+        folder / ADAPTER_CONFIG, plain_adapter_config(core.peft_config[adapter], target_modules(core, set(pairs)))
+    )
     write_json(folder / SIDECAR, sidecar(model))
     return folder
 
 
-def plain_adapter_config(config: LoraConfig) -> dict[str, Any]:
-    """Return what PEFT writes for a `LoraConfig` of these values, in a stable order and without a path."""
+def plain_adapter_config(config: LoraConfig, targets: list[str]) -> dict[str, Any]:
+    """Return what PEFT writes for a `LoraConfig` of these values and target modules, without a path."""
     output = config.to_dict()
     output.update(
         inference_mode=True,
         base_model_name_or_path=None,
         revision=None,
         auto_mapping=None,
-        target_modules=config.target_modules
-        if isinstance(config.target_modules, str)
-        else sorted(config.target_modules or []),
+        target_modules=targets,
     )
     return {key: sorted(value) if isinstance(value, set) else value for key, value in output.items()}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ ACTIVATIONS = (None, "int8", "nf4")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
 STARTS = ("zero", "random")
 
-SURROGATE_LAYERS: dict[type[nn.Module], type[nn.Module]] = {}
+SURROGATE_LAYERS: dict[type[nn.Module], Callable[..., nn.Module]] = {}
 """Backbone layer -> surrogate layer. PEFT asks the configuration for its layers; surrogate.py enters them here."""
 
 
@@ -189,7 +190,7 @@ class SurrogateConfig(LoraConfig):
         rank_pattern (`dict[str, int]`, *optional*):
             Ranks of single layers, by name or regular expression; `alpha_pattern` always follows it.
         target_modules (`str` or `list[str]`, defaults to `"all-linear"`):
-            The layers that get a surrogate.
+            The layers that get a surrogate; among them only those that are quantized.
         start (`str`, defaults to `"zero"`):
             `"zero"`: A random, B zero, so that the model starts as the bare backbone. `"random"`: both random. Either
             way [`polarize`] puts the closed form in their place. Seed torch first: PEFT draws while it attaches.

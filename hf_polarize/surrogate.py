@@ -12,9 +12,13 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora import bnb as lora_bnb
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from .backbone import BackboneLayer, BackboneLinear4bit, BackboneLinear8bit, plain_layer
 from .configuration import SURROGATE_LAYERS, SurrogateConfig
+
+logger = logging.get_logger(__name__)
 
 SURROGATE = "surrogate"
 """Name of the adapter in memory. A user's own `get_peft_model(model, LoraConfig())` would overwrite a "default"."""
@@ -118,7 +122,20 @@ class SurrogateLinear8bit(SurrogateLayer, lora_bnb.Linear8bitLt):
     """A surrogate beside an INT8 layer."""
 
 
-SURROGATE_LAYERS.update({BackboneLinear4bit: SurrogateLinear4bit, BackboneLinear8bit: SurrogateLinear8bit})
+def _left_alone(target: nn.Module, adapter_name: str, target_name: str = "", **kwargs: Any) -> nn.Module:
+    """Give a layer that isn't quantized no surrogate; "all-linear" means those too."""
+    logger.info("%s is not quantized and gets no surrogate", target_name)
+    return target
+
+
+SURROGATE_LAYERS.update(
+    {
+        BackboneLinear4bit: SurrogateLinear4bit,
+        BackboneLinear8bit: SurrogateLinear8bit,
+        nn.Linear: _left_alone,  # after its subclasses
+        Conv1D: _left_alone,
+    }
+)
 
 
 def core_model(model: nn.Module) -> PreTrainedModel:
@@ -163,7 +180,7 @@ def factors(model: nn.Module) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
 def target_modules(model: nn.Module, names: set[str]) -> list[str]:
     """Return the shortest names by which PEFT finds these layers and no other module: last parts, or full names."""
     short = {name.rpartition(".")[2] for name in names}
-    found = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
+    found = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short and ".lora_" not in name}
     return sorted(short if found == names else names)
 
 

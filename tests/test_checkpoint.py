@@ -129,6 +129,16 @@ def test_activations_come_back_with_the_library(tmp_path):
     assert torch.equal(output(again, inputs), output(model, inputs))
 
 
+@pytest.mark.parametrize("family", ["t5", "bert-mlm", "llama-tied"])
+def test_surrogates_made_by_peft_alone_survive(family, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path / "original")
+    model = load(tmp_path / "original", family, quantization_config=PolarizeConfig())
+    peft_model = get_peft_model(model, SurrogateConfig(r=3, start="random"))
+    inputs = tiny_inputs(model)
+    again = load(save_polarized(peft_model, tmp_path / "saved"), family)
+    assert torch.equal(output(again, inputs), output(peft_model, inputs))
+
+
 def test_a_stacked_adapter_is_not_written(tmp_path):
     model = make()
     save_polarized(model, tmp_path / "alone")

@@ -5,6 +5,7 @@ import torch
 import transformers
 from conftest import FAMILIES, output, tiny_inputs, tiny_model
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 
 from hf_polarize import PolarizeConfig, SurrogateConfig, backbone_only, merge_surrogates, polarize
 from hf_polarize.backbone import backbone_layers
@@ -43,7 +44,10 @@ def test_get_peft_model_puts_a_path_beside_every_backbone_layer(family, kind):
     names = {name for name, _ in backbone_layers(model)}
     expected = output(model, inputs)
     peft_model = get_peft_model(model, SurrogateConfig(r=8), adapter_name="surrogate")
-    assert names <= set(factors(peft_model))
+    assert names == set(factors(peft_model))
+    assert not [
+        n for n, m in peft_model.named_modules() if isinstance(m, LoraLayer) and not isinstance(m, SurrogateLayer)
+    ]
     assert all(a.shape[0] == 8 and a.dtype == torch.float32 for a, _ in factors(peft_model).values())
     assert torch.equal(output(peft_model, inputs), expected)  # it starts as the bare backbone
 
