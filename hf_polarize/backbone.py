@@ -6,13 +6,16 @@ import copy
 import ctypes
 import logging
 import sys
+import types
 from abc import abstractmethod
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, get_4bit_type
+from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -360,6 +363,7 @@ class BackboneHfQuantizer(HfQuantizer):
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         model.is_loaded_in_4bit = self.quantization_config.backbone == "nf4"
         model.is_loaded_in_8bit = self.quantization_config.backbone == "int8"
+        model.save_pretrained = types.MethodType(_save_for_trainer, model)
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
         super().remove_quantization_config(model)
@@ -367,6 +371,7 @@ class BackboneHfQuantizer(HfQuantizer):
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
+        model.__dict__.pop("save_pretrained", None)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         target = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -381,6 +386,25 @@ class BackboneHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _save_for_trainer(
+    model: PreTrainedModel, save_directory: str, is_main_process: bool = True, **kwargs: Any
+) -> None:
+    """
+    Save as transformers does and, for adapters, add the file from which Trainer can resume.
+
+    Of a model with adapters transformers writes the adapter alone, and Trainer then reads it back only into a
+    `PeftModel` (trainer.py:3701 of 5.23); for any other it wants model.safetensors, which it loads by parameter name.
+    """
+    type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
+    if getattr(model, "_hf_peft_config_loaded", False) and is_main_process:
+        logger.warning_once(
+            "save_pretrained writes the adapter of this model alone, as for any model with adapters; "
+            "hf_polarize.save_polarized writes a checkpoint that loads by itself"
+        )
+        trained = {name: p.detach().cpu() for name, p in model.named_parameters() if ".lora_" in name}
+        save_file(trained, Path(save_directory) / "model.safetensors", metadata={"format": "pt"})
 
 
 def plain_layer(layer: BackboneLayer, dtype: torch.dtype, delta: torch.Tensor | None = None) -> nn.Module:

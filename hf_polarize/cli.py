@@ -69,10 +69,11 @@ def _run(options: argparse.Namespace) -> int:
     metrics = run_recipe(recipe, command)
     console = Console()
     header, rows = results_rows(metrics)
+    names, *measured = zip(header, *rows, strict=True)  # a model per column: it fits a narrow terminal
     table = Table(title="on held-out data")
-    for heading in header:
-        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
-    for row in rows:
+    for name in names:
+        table.add_column(name, justify="right" if name else "left")
+    for row in measured:
         table.add_row(*row)
     console.print(table)
     console.print(f"checkpoint, metrics.json and report.md are in {Path(recipe.output_dir)}/")

