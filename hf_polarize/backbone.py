@@ -18,6 +18,7 @@ from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, get_
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -269,6 +270,19 @@ def backbone_layers(model: nn.Module) -> Iterator[tuple[str, BackboneLayer]]:
             yield name.removesuffix(".base_layer"), module
 
 
+class _QuantizeAndRelease(ConversionOps):
+    """bitsandbytes' conversion of one tensor, after which the memory that it took goes back to the system."""
+
+    def __init__(self, operation: ConversionOps) -> None:
+        self.operation = operation
+        self.hf_quantizer = operation.hf_quantizer
+
+    def convert(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.operation.convert(*args, **kwargs)
+        release_memory()
+        return result
+
+
 class BackboneHfQuantizer(HfQuantizer):
     """
     Quantize a model while it loads, one tensor at a time, or load it quantized.
@@ -313,7 +327,7 @@ class BackboneHfQuantizer(HfQuantizer):
         return self.bnb.param_needs_quantization(model, param_name, **kwargs)  # type: ignore[no-any-return]
 
     def get_quantize_ops(self) -> Any:
-        return self.bnb.get_quantize_ops()
+        return _QuantizeAndRelease(self.bnb.get_quantize_ops())
 
     def get_load_operations(self) -> dict:
         return self.bnb.get_load_operations()  # type: ignore[no-any-return]

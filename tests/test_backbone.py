@@ -1,6 +1,9 @@
 """The backbone against bitsandbytes itself and against the weight that it dequantizes to."""
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
@@ -10,6 +13,7 @@ import transformers
 from conftest import FAMILIES, output, tiny_inputs, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -182,6 +186,35 @@ def test_device_map_auto_works_and_disk_is_refused(tmp_path):
     for device_map, limits in (({"": "disk"}, {}), ("auto", {"max_memory": {"cpu": "30KB"}})):
         with pytest.raises(ValueError, match="can't be quantized and offloaded to disk in one go"):
             load("llama-untied", tmp_path, PolarizeConfig(), device_map=device_map, offload_folder=tmp_path, **limits)
+
+
+MEASURE = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from hf_polarize import PolarizeConfig
+from hf_polarize.backbone import backbone_layers
+
+def status(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+open("/proc/self/clear_refs", "w").write("5")  # forget the peak of the imports
+before = status("VmRSS")
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=PolarizeConfig())
+size = sum(p.nbytes for p in model.parameters())
+size += sum(scale.nbytes for _, layer in backbone_layers(model) for scale in layer.scales())
+print(status("VmHWM") - before - size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of a process as Linux tells it")
+def test_loading_takes_little_more_than_the_model_on_disk(smollm2):
+    sizes = [tensor.nbytes for tensor in load_file(smollm2 / "model.safetensors").values()]  # bfloat16
+    command = [sys.executable, "-c", MEASURE, smollm2]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) <= sum(sizes) + 2 * max(sizes)  # the largest one in float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
