@@ -28,8 +28,9 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 from transformers.utils import cached_file, logging
 
-from .backbone import BackboneHfQuantizer, backbone_layers
+from .backbone import backbone_layers
 from .configuration import PolarizeConfig, SurrogateConfig
+from .quantizer import BackboneHfQuantizer
 from .surrogate import SURROGATE, core_model, factor_dtype, factors, surrogate_adapter, surrogates, target_modules
 
 logger = logging.get_logger(__name__)

@@ -16,12 +16,13 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationMethod
 
-from .backbone import BackboneLayer, backbone_layers, quantize_linear, release_memory, weight_matrix
+from .backbone import BackboneLayer, backbone_layers, quantize_linear, weight_matrix
 from .calibration import MEMORY_LIMIT, input_covariances
 from .checkpoint import PolarizeHfQuantizer
 from .compensation import compensate, damped
 from .configuration import PolarizeConfig, SurrogateConfig
 from .data import calibration_batches, is_text_model
+from .quantizer import release_memory
 from .surrogate import attach_surrogates
 
 logger = logging.get_logger(__name__)
