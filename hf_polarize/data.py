@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,20 @@ def is_causal_lm(model: PreTrainedModel) -> bool:
     )
 
 
-def read_texts(data: Any, text_column: str | None = None) -> list[str]:
+def first_rows(data: Any, limit: int | None) -> list[dict[str, Any]]:
+    """Return at most `limit` rows: spread evenly over a data set of known length, the first of a stream."""
+    if limit is not None and hasattr(data, "select") and len(data) > limit:
+        data = data.select([i * len(data) // limit for i in range(limit)])
+    return list(itertools.islice(data, limit))
+
+
+def check_split(data: Any) -> None:
+    """Raise if data is a dictionary of data sets and not one of them."""
+    if hasattr(data, "keys") and not isinstance(getattr(data, "column_names", None), list):
+        raise ValueError(f"data is a dictionary of {sorted(data)}; choose one of them: data[{sorted(data)[0]!r}]")
+
+
+def read_texts(data: Any, text_column: str | None = None, max_rows: int | None = None) -> list[str]:
     """
     Return the documents of a text source.
 
@@ -39,11 +53,13 @@ def read_texts(data: Any, text_column: str | None = None) -> list[str]:
         data: the path of a text file (one document), a list of strings, or a `datasets.Dataset` (or any iterable of
             dicts) with a column of strings.
         text_column (`str`, *optional*): of a dataset; the first column of strings if left out.
+        max_rows (`int`, *optional*): of a dataset (see [`first_rows`]).
 
     Raises:
         FileNotFoundError: If `data` is a path and there is no such file.
         ValueError: If there is no text in it.
     """
+    check_split(data)
     if isinstance(data, (str, Path)):
         path = Path(data)
         if not path.is_file():
@@ -51,23 +67,23 @@ def read_texts(data: Any, text_column: str | None = None) -> list[str]:
                 f'no text file "{data}". Data is the path of a text file, "{SELF}" (text that the original model '
                 "writes itself), a list of strings, or a datasets.Dataset."
             )
-        texts = [path.read_text(encoding="utf-8")]
+        try:
+            texts = [path.read_text(encoding="utf-8")]
+        except UnicodeDecodeError:
+            raise ValueError(f'"{data}" is not a text file in UTF-8') from None
     elif isinstance(data, Sequence) and all(isinstance(item, str) for item in data):
         texts = list(data)
-    elif hasattr(data, "keys") and not hasattr(data, "column_names"):
-        raise ValueError(f"data is a dict of {sorted(data)}; choose one of them")
-    elif isinstance(getattr(data, "column_names", None), dict):
-        raise ValueError(f"data is a DatasetDict; choose one split: data[{sorted(data)[0]!r}], of {sorted(data)}")
     elif isinstance(data, Iterable):
-        rows = list(data)
-        column = text_column or next(
-            (key for key, value in (rows[0] if rows else {}).items() if isinstance(value, str)), None
-        )
-        if rows and (column is None or column not in rows[0]):
+        rows = first_rows(data, max_rows)
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"can't read text from a {type(data).__name__} of {type(rows[0]).__name__}")
+        strings = [key for key, value in (rows[0] if rows else {}).items() if isinstance(value, str)]
+        column = text_column or next(iter(strings), "")
+        if rows and column not in strings:
             raise ValueError(f"no text column {text_column or ''} in the data set; it has {sorted(rows[0])}")
-        texts = [row[column] for row in rows]
+        texts = [row[column] or "" for row in rows]
     else:
-        raise ValueError(f"can't read calibration data from {type(data).__name__}")
+        raise ValueError(f"can't read text from {type(data).__name__}")
     if not any(text.strip() for text in texts):
         raise ValueError("the data holds no text")
     return texts
@@ -100,12 +116,18 @@ def token_windows(
     """
     ids = tokenizer("\n\n".join(texts), add_special_tokens=False, verbose=False)["input_ids"]
     before, after = _special_tokens(tokenizer) if special_tokens else ([], [])
-    body = window - len(before) - len(after)
-    total = len(ids) // body if body > 0 else 0
+    body = cut(torch.tensor(ids, dtype=torch.int64), window - len(before) - len(after), count)
+    edges = [torch.tensor(part, dtype=torch.int64).expand(len(body), -1) for part in (before, after)]
+    return torch.cat([edges[0], body, edges[1]], dim=1)
+
+
+def cut(ids: torch.Tensor, window: int, count: int | None) -> torch.Tensor:
+    """Cut tokens `(n,)` into `(count, window)` that don't overlap, spread evenly; without a count, into all."""
+    total = len(ids) // window if window > 0 else 0
     if total < 1:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {window}: give more text")
     chosen = range(total) if count is None or count >= total else [i * total // count for i in range(count)]
-    return torch.tensor([before + ids[i * body : (i + 1) * body] + after for i in chosen])
+    return ids[: total * window].view(total, window)[list(chosen)]
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -188,7 +210,8 @@ def calibration_batches(
             images, or a list of batches (dicts of tensors).
         processor: the tokenizer, or the image processor.
         window (`int`): tokens per window.
-        max_tokens (`int`): at most that many tokens, in whole windows spread evenly over the text; at least one.
+        max_tokens (`int`): at most that many tokens, in whole windows spread evenly over the text, or as the patches
+            of whole images; at least one. Of a data set at most as many rows are read.
         batch_size (`int`): windows per batch.
         seed (`int`): for `"self"`.
         text_column (`str`, *optional*): of a data set.
@@ -196,31 +219,34 @@ def calibration_batches(
     Returns:
         `list[dict[str, torch.Tensor]]` on the CPU.
     """
-    if (
-        isinstance(data, list)
-        and data
-        and isinstance(data[0], dict)
-        and isinstance(next(iter(data[0].values())), torch.Tensor)
-    ):
+    if isinstance(data, list) and data and all(isinstance(value, torch.Tensor) for value in _values(data[0])):
         return data
+    check_split(data)
+    count = max(1, max_tokens // tokens_per_sample(model, window))
     if not is_text_model(model):
-        return _image_batches(data, processor, batch_size)
-    count = max(1, max_tokens // window)
+        return _image_batches(data, processor, count, batch_size)
     if isinstance(data, str) and data == SELF:
         return split(self_windows(model, window, count, seed), batch_size, model)
     if "input_ids" in (getattr(data, "column_names", None) or []):
-        ids = torch.tensor([token for row in data["input_ids"] for token in row])
-        total = len(ids) // window
-        if total < 1:
-            raise ValueError(f"the data set has {len(ids)} tokens, fewer than one window of {window}")
-        chosen = [i * total // count for i in range(count)] if count < total else list(range(total))
-        return split(ids[: total * window].view(total, window)[chosen], batch_size, model)
+        ids = torch.tensor([token for row in first_rows(data, max_tokens) for token in row["input_ids"]])
+        return split(cut(ids, window, count), batch_size, model)
     if processor is None:
         raise ValueError("text data needs a tokenizer: polarize(model, data, processor=tokenizer)")
-    texts = read_texts(data, text_column)
-    return split(
-        token_windows(texts, processor, window, count, special_tokens=not is_causal_lm(model)), batch_size, model
-    )
+    texts = read_texts(data, text_column, max_rows=max_tokens)
+    windows = token_windows(texts, processor, window, count, special_tokens=not is_causal_lm(model))
+    return split(windows, batch_size, model)
+
+
+def _values(row: Any) -> list[Any]:
+    return list(row.values()) if isinstance(row, dict) else [row]
+
+
+def tokens_per_sample(model: PreTrainedModel, window: int) -> int:
+    """Return the tokens of one sample: of a text window, or the patches of an image."""
+    size, patch = getattr(model.config, "image_size", None), getattr(model.config, "patch_size", None)
+    if is_text_model(model):
+        return window
+    return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else 197
 
 
 def split(windows: torch.Tensor, batch_size: int, model: PreTrainedModel) -> list[Batch]:
@@ -229,20 +255,19 @@ def split(windows: torch.Tensor, batch_size: int, model: PreTrainedModel) -> lis
     return [{"input_ids": part, **({"decoder_input_ids": part} if both else {})} for part in windows.split(batch_size)]
 
 
-def _image_batches(data: Any, processor: Any, batch_size: int) -> list[Batch]:
+def _image_batches(data: Any, processor: Any, count: int, batch_size: int) -> list[Batch]:
     columns = getattr(data, "column_names", None) or []
-    if "pixel_values" in columns:
-        pixels = torch.as_tensor(data.with_format("numpy")["pixel_values"][:]).float()
-    else:
-        column = next((name for name in ("image", "img") if name in columns), None)
-        if column is None or processor is None:
-            raise ValueError(
-                "a vision model is calibrated on a data set with a column pixel_values, or image with an image "
-                f"processor; got {type(data).__name__} with columns {list(columns) or 'none'}"
-            )
-        pixels = processor(images=[image.convert("RGB") for image in data[column]], return_tensors="pt")[
-            "pixel_values"
-        ]
-    if len(pixels) == 0:
+    column = next((name for name in ("pixel_values", "image", "img") if name in columns), None)
+    if column is None or (column != "pixel_values" and processor is None):
+        raise ValueError(
+            "a vision model is calibrated on a data set with a column pixel_values, or image with an image processor; "
+            f"got {type(data).__name__} with columns {list(columns) or 'none'}"
+        )
+    values = [row[column] for row in first_rows(data, count)]
+    if not values:
         raise ValueError("the data set holds no images")
+    if column == "pixel_values":
+        pixels = torch.stack([torch.as_tensor(value) for value in values]).float()
+    else:
+        pixels = processor(images=[image.convert("RGB") for image in values], return_tensors="pt")["pixel_values"]
     return [{"pixel_values": part} for part in pixels.split(batch_size)]

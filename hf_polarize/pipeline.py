@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .checkpoint import SIDECAR, prepare_folder, save_polarized, sidecar, write_json
-from .data import calibration_batches, is_causal_lm, is_text_model, read_texts, token_windows
+from .data import calibration_batches, is_causal_lm, is_text_model, read_texts, token_windows, tokens_per_sample
 from .evaluation import (
     Quality,
     evaluate_causal_lm,
@@ -50,8 +50,9 @@ class Evaluator:
                 "spread evenly; KL in nats per token."
             )
         else:
+            tokens = count * tokens_per_sample(original, window)
             self.batches = calibration_batches(
-                original, data, processor, window, window * count, recipe.batch_size, 0, recipe.evaluation_column
+                original, data, processor, window, tokens, recipe.batch_size, 0, recipe.evaluation_column
             )
             what = "KL(original || model) of the logits" if original.get_output_embeddings() else "1 - cosine"
             self.protocol = f"Loss is the mean distance of the output from the original's on `{name}`: {what}."
@@ -107,9 +108,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     """
     started = time.monotonic()
     folder = prepare_folder(recipe.output_dir, recipe.overwrite)
-    vision = recipe.model_class == "AutoModelForImageClassification"
-    calibration = load_data(recipe.calibration, recipe.calibration_samples if vision else None)
-    evaluation = load_data(recipe.evaluation, recipe.evaluation_samples if vision else None)
+    calibration, evaluation = load_data(recipe.calibration), load_data(recipe.evaluation)
     model, processor = load_model(recipe)
     base_model = recipe.source()[2]
     config, surrogate = recipe.polarize_config(), recipe.surrogate_config()

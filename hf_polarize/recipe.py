@@ -64,17 +64,17 @@ class Recipe:
     calibration_column: str | None = _key(
         None, "text column of a calibration data set; the first one of strings if left out"
     )
-    calibration_samples: int = _key(128, "images of a calibration data set that are used")
-    max_tokens: int = _key(18432, "calibration tokens, in whole windows spread evenly over the text")
+    max_tokens: int = _key(
+        18432, "calibration tokens, in whole windows spread evenly over the text, or as patches of whole images"
+    )
     window: int = _key(384, "tokens per calibration window")
     batch_size: int = _key(4, "windows per batch")
     seed: int = _key(0, "of calibration text that the model writes")
 
     evaluation: str = _key(PYTHON_DOCS, "held-out data, never the calibration data; the same forms, without " + SELF)
     evaluation_column: str | None = _key(None, "text column of an evaluation data set")
-    evaluation_samples: int = _key(128, "images of an evaluation data set that are used")
     evaluation_window: int = _key(512, "tokens per evaluation window")
-    evaluation_windows: int = _key(24, "evaluation windows, spread evenly over the text")
+    evaluation_windows: int = _key(24, "evaluation windows, or images, spread evenly")
 
     output_dir: str = _key("out", "folder for the checkpoint, metrics.json, report.md and plots; must be empty")
     overwrite: bool = _key(False, "write into an output folder that is not empty")
@@ -201,13 +201,12 @@ def describe_keys() -> str:
     return "\n".join(lines)
 
 
-def load_data(name: str, samples: int | None = None) -> Any:
+def load_data(name: str) -> Any:
     """
     Return the data that a recipe names, in a form that [`~hf_polarize.data.calibration_batches`] reads.
 
     Args:
         name (`str`): `"self"`, `"python-docs"`, `hub:NAME[:CONFIG]:SPLIT`, or the path of a text file.
-        samples (`int`, *optional*): rows of a data set to take, spread evenly.
 
     Raises:
         FileNotFoundError: If it is a path and there is no such file.
@@ -222,9 +221,6 @@ def load_data(name: str, samples: int | None = None) -> Any:
         repo, *rest = name.removeprefix("hub:").split(":")
         if not rest:
             raise ValueError(f"{name!r} names no split: hub:NAME[:CONFIG]:SPLIT")
-        data = load_dataset(repo, *rest[:-1], split=rest[-1])
-        if samples is not None and samples < len(data):
-            data = data.select([i * len(data) // samples for i in range(samples)])
-        return data
+        return load_dataset(repo, *rest[:-1], split=rest[-1])
     read_texts(name)  # says what is wrong before any work
     return name

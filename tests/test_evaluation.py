@@ -133,6 +133,48 @@ def test_polarize_reads_every_kind_of_data(form, tokenizer, tmp_path):
     assert str(tmp_path) not in str(model.polarization)
 
 
+@pytest.mark.parametrize("column", ["pixel_values", "image"])
+def test_a_vision_model_is_calibrated_on_images(column):
+    from datasets import Dataset, Features, Image
+    from PIL import Image as Pillow
+    from transformers import ViTImageProcessor
+
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 255, (9, 40, 40, 3), dtype=torch.uint8, generator=generator)
+    if column == "image":
+        images = {"label": list(range(9)), "image": [Pillow.fromarray(one.numpy()) for one in pixels]}
+        data = Dataset.from_dict(images).cast_column("image", Image())
+        assert isinstance(data.features, Features)
+        processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    else:
+        data, processor = (
+            Dataset.from_dict({"pixel_values": tiny_inputs(tiny_model("vit"), n=9)["pixel_values"]}),
+            None,
+        )
+    model = polarize(tiny_model("vit"), data, processor=processor, window=1, max_tokens=5 * 17)
+    assert model.polarization["provenance"]["calibration"]["samples"] == 5  # of 16 patches and one token each
+    with pytest.raises(ValueError, match="column pixel_values, or image with an image processor"):
+        polarize(tiny_model("vit"), TEXT)
+
+
+def test_a_stream_is_read_as_far_as_it_is_needed(tokenizer):
+    from datasets import Dataset, DatasetDict, IterableDataset
+
+    read = []
+
+    def rows():
+        for number in range(10**9):
+            read.append(number)
+            yield {"text": TEXT[number % len(TEXT)]}
+
+    stream = IterableDataset.from_generator(rows)
+    polarize(tiny_model("llama-tied"), stream, processor=tokenizer, window=32, max_tokens=64)
+    assert 64 <= len(read) < 1000
+    splits = DatasetDict({"train": Dataset.from_dict({"text": TEXT})})
+    with pytest.raises(ValueError, match=r"choose one of them: data\['train'\]"):
+        polarize(tiny_model("llama-tied"), splits, processor=tokenizer)
+
+
 def test_a_backbone_that_was_loaded_finds_its_original(tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -154,10 +196,10 @@ def test_a_backbone_that_was_loaded_finds_its_original(tokenizer, tmp_path):
         ("nowhere.txt", FileNotFoundError, 'no text file "nowhere.txt"'),
         ([" ", ""], ValueError, "holds no text"),
         ({"train": ["a"]}, ValueError, "choose one of them"),
-        (3, ValueError, "can't read calibration data from int"),
+        (3, ValueError, "can't read text from int"),
     ],
 )
-def test_data_that_is_none_is_named(data, error, message):
+def test_data_that_is_no_text_is_named(data, error, message):
     with pytest.raises(error, match=message):
         read_texts(data)
 
