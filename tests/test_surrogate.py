@@ -122,6 +122,19 @@ def test_a_users_lora_stacks_on_top(through):
         assert not torch.allclose(output(stacked, inputs), alone)
 
 
+def test_loading_another_adapter_leaves_the_surrogates_alone(tmp_path):
+    """transformers reports their keys as missing from that adapter's file, and as newly initialized."""
+    model, _ = polarized()
+    model.add_adapter(user_lora(), "task")
+    model.save_pretrained(tmp_path)
+    fresh, inputs = polarized()
+    alone = output(fresh, inputs)
+    fresh.load_adapter(str(tmp_path), adapter_name="task")
+    assert not torch.allclose(output(fresh, inputs), alone)
+    fresh.disable_adapters()
+    assert torch.equal(output(fresh, inputs), alone)
+
+
 def test_the_users_adapter_can_go_again():
     model, inputs = polarized()
     alone = output(model, inputs)
