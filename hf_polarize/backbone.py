@@ -10,6 +10,7 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from accelerate.hooks import add_hook_to_module
 from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, get_4bit_type
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -61,6 +62,9 @@ class BackboneLayer(nn.Module):
     bias: nn.Parameter | None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.numel() == 0:  # an expert without a token; bitsandbytes' CPU kernel would end the process
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        x = x.contiguous()  # that kernel takes rows at their first stride
         return self.product(x if self.activations is None else fake_quantize(x, self.activations))
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -69,7 +73,7 @@ class BackboneLayer(nn.Module):
 
     @abstractmethod
     def dequantized(self) -> torch.Tensor:
-        """Return the weight that this layer multiplies with, `(out_features, in_features)`."""
+        """Return the weight, `(out_features, in_features)`, that the codes and scales as stored stand for."""
 
     @abstractmethod
     def scales(self) -> list[torch.Tensor]:
@@ -230,6 +234,7 @@ def quantize_linear(module: nn.Module, config: PolarizeConfig) -> BackboneLayer:
         layer.weight = bnb.nn.Int8Params(weight.cpu(), requires_grad=False).to("cpu").to(weight.device)
     if module.bias is not None:
         layer.bias = nn.Parameter(module.bias.detach(), requires_grad=False)  # type: ignore
+    copy_hook(module, layer)
     return layer.train(module.training)
 
 
@@ -240,31 +245,37 @@ def backbone_layers(model: nn.Module) -> Iterator[tuple[str, BackboneLayer]]:
             yield name.removesuffix(".base_layer"), module
 
 
-def plain_layer(layer: BackboneLayer, dtype: torch.dtype, delta: torch.Tensor | None = None) -> nn.Module:
+def copy_hook(source: nn.Module, target: nn.Module) -> None:
+    """Give a layer the hook with which accelerate places the one that stood here before."""
+    if hasattr(source, "_hf_hook"):
+        add_hook_to_module(target, copy.copy(source._hf_hook))
+
+
+def plain_layer(layer: nn.Module, dtype: torch.dtype, delta: torch.Tensor | None = None) -> nn.Module:
     """
     Make the Linear (or the Conv1D, where one stood) with the weight that a backbone layer multiplies with.
 
     Args:
-        layer (`BackboneLayer`): of `(out_features, in_features)`.
+        layer (`BackboneLayer`, or a Linear or Conv1D that one was dequantized to): `(out_features, in_features)`.
         dtype (`torch.dtype`): of the new layer.
-        delta (`torch.Tensor` of shape `(out_features, in_features)`, *optional*): added before rounding to `dtype`.
+        delta (`torch.Tensor` of shape `(out_features, in_features)`, *optional*): added in float32, before rounding.
     """
-    weight = layer.dequantized()
+    if isinstance(layer, BackboneLayer):
+        weight, conv = layer.dequantized(), issubclass(layer.source_cls, Conv1D)
+    else:
+        weight, conv = weight_matrix(layer).detach(), isinstance(layer, Conv1D)
     if delta is not None:
-        weight = weight.to(delta.dtype) + delta
+        weight = weight.float() + delta.float()
     weight = weight.to(dtype)
-    conv = issubclass(layer.source_cls, Conv1D)
+    out_features, in_features = weight.shape
     with torch.device("meta"):
-        plain = (
-            Conv1D(layer.out_features, layer.in_features)
+        plain: nn.Module = (
+            Conv1D(out_features, in_features)
             if conv
-            else nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            else nn.Linear(in_features, out_features, bias=layer.bias is not None)
         )
     plain.weight = nn.Parameter(weight.T.contiguous() if conv else weight, requires_grad=False)
     if layer.bias is not None:
-        plain.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)
-    if hasattr(layer, "_hf_hook"):
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(plain, copy.copy(layer._hf_hook))
+        plain.bias = nn.Parameter(layer.bias.detach().to(dtype), requires_grad=False)  # type: ignore[operator]
+    copy_hook(layer, plain)
     return plain.train(layer.training)

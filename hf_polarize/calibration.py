@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .backbone import weight_matrix
-from .data import Batch
+from .data import Batch, to_model
 
 logger = logging.get_logger(__name__)
 
@@ -24,17 +24,24 @@ class _AllSeen(Exception):
     """Ends a forward pass when the last layer of this pass has seen its input."""
 
 
-def shared_inputs(model: PreTrainedModel, batch: Batch, layers: Mapping[str, nn.Module]) -> list[list[str]]:
+def shared_inputs(
+    model: PreTrainedModel, batch: Batch, layers: Mapping[str, nn.Module]
+) -> tuple[list[list[str]], bool]:
     """
-    Group the layers that are called with the same tensor (q, k and v, say), in the order of their calls.
+    Group the layers that are called with the same tensor (q, k and v, say), in the order of their first calls.
 
     Layers that this batch does not reach (an expert that no token chose) come last, each on its own.
+
+    Returns:
+        The groups, and whether every layer was called just once.
     """
+    calls = dict.fromkeys(layers, 0)
     inputs: list[torch.Tensor] = []  # held, so that no tensor is freed and its identity given to another
     groups: list[list[str]] = []
 
     def look(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            calls[name] += 1
             for tensor, group in zip(inputs, groups, strict=True):
                 if tensor is args[0]:
                     if name not in group:
@@ -53,7 +60,7 @@ def shared_inputs(model: PreTrainedModel, batch: Batch, layers: Mapping[str, nn.
         for handle in handles:
             handle.remove()
     seen = {name for group in groups for name in group}
-    return groups + [[name] for name in layers if name not in seen]
+    return groups + [[name] for name in layers if name not in seen], all(number == 1 for number in calls.values())
 
 
 def run(model: PreTrainedModel, batch: Batch, layers: Mapping[str, nn.Module]) -> None:
@@ -61,11 +68,9 @@ def run(model: PreTrainedModel, batch: Batch, layers: Mapping[str, nn.Module]) -
     base = model.base_model
     inside = {id(module) for module in base.modules()}
     target = base if all(id(layer) in inside for layer in layers.values()) else model
-    arguments = {key: value.to(model.device) for key, value in batch.items()}
-    if "pixel_values" in arguments:
-        arguments["pixel_values"] = arguments["pixel_values"].to(model.dtype)
+    arguments = to_model(batch, model)
     if "input_ids" in arguments and getattr(model.config, "use_cache", None) is not None:
-        arguments["use_cache"] = False  # type: ignore[assignment]
+        arguments["use_cache"] = False
     target(**arguments)
 
 
@@ -96,22 +101,25 @@ def input_covariances(
         ValueError: If an activation of the model is not finite.
     """
     width = {name: weight_matrix(layer).shape[1] for name, layer in layers.items()}
-    passes: list[list[list[str]]] = [[]]
-    used = 0
-    for group in shared_inputs(model, batches[0], layers):
-        size = 4 * width[group[0]] ** 2
-        if passes[-1] and used + size > memory_limit:
-            passes.append([])
-            used = 0
-        passes[-1].append(group)
-        used += size
-
     training = model.training
     model.eval()
-    with logging.tqdm(total=len(passes) * len(batches), desc="calibrating", unit="batch") as bar:
-        for groups in passes:
-            yield _one_pass(model, batches, layers, groups, stop_early=groups is not passes[-1], bar=bar)
-    model.train(training)
+    try:
+        groups, once = shared_inputs(model, batches[0], layers)
+        passes: list[list[list[str]]] = [[]]
+        used = 0
+        for group in groups:
+            size = 4 * width[group[0]] ** 2
+            if passes[-1] and used + size > memory_limit:
+                passes.append([])
+                used = 0
+            passes[-1].append(group)
+            used += size
+        with logging.tqdm(total=len(passes) * len(batches), desc="calibrating", unit="batch") as bar:
+            for part in passes:
+                stop_early = once and part is not passes[-1]
+                yield _one_pass(model, batches, layers, part, stop_early=stop_early, bar=bar)
+    finally:
+        model.train(training)
 
 
 def _one_pass(

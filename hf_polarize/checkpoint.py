@@ -14,6 +14,8 @@ import copy
 import dataclasses
 import importlib.metadata
 import json
+import shutil
+import tempfile
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +27,9 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations.peft import PeftAdapterMixin
 from transformers.quantizers.auto import register_quantizer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import cached_file, logging
 
 from .backbone import backbone_layers
@@ -38,6 +42,11 @@ logger = logging.get_logger(__name__)
 SIDECAR = "polarize_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+OWN_FILES = (
+    "model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json",
+    ADAPTER_CONFIG, ADAPTER_WEIGHTS,
+)  # fmt: skip
+"""What an earlier checkpoint may have left, by name or pattern: files that a reader would take for ours."""
 FORMAT_VERSION = 1
 DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 PEFT_PREFIX = "base_model.model."
@@ -64,9 +73,60 @@ class PolarizeHfQuantizer(BackboneHfQuantizer):
         model = super()._process_model_after_weight_loading(model, **kwargs)
         if self.quantization_config.surrogate:
             # from_pretrained loads a root adapter right after this hook, as a plain LoRA named "default", and has no
-            # later one (modeling_utils.py:4476 of 5.24): for that one call the method is ours
+            # later one (modeling_utils.py:4465 of 5.23): for that one call the method is ours
             model.load_adapter = types.MethodType(_load_surrogates, model)
         return model
+
+    def mark(self, model: PreTrainedModel) -> None:
+        super().mark(model)
+        model.save_pretrained = types.MethodType(_save_pretrained, model)
+        model.push_to_hub = types.MethodType(_push_to_hub, model)
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        super().remove_quantization_config(model)
+        model.__dict__.pop("save_pretrained", None)
+        model.__dict__.pop("push_to_hub", None)
+
+
+def _is_polarized_alone(model: PreTrainedModel) -> bool:
+    """Tell whether surrogates are the only adapters of a model: then it is saved as a whole."""
+    names = {adapter for _, _, adapter in surrogates(model)}
+    return bool(names) and names == set(getattr(model, "peft_config", {}))
+
+
+def _save_pretrained(
+    model: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any
+) -> None:
+    """
+    Save a polarized model as a whole, and any other as transformers does: with a user's adapter, that one alone.
+
+    In the checkpoints of a Trainer it is the adapter alone as well, beside a file from which Trainer can resume: it
+    reads an adapter only into a `PeftModel` (trainer.py:3701 of 5.23), and model.safetensors by parameter name.
+    """
+    in_training = Path(save_directory).name.startswith(PREFIX_CHECKPOINT_DIR)
+    if _is_polarized_alone(model) and not in_training:
+        if kwargs.get("push_to_hub"):
+            _push_to_hub(model)
+        if is_main_process:
+            save_polarized(model, save_directory, max_shard_size=kwargs.get("max_shard_size", "5GB"), overwrite=True)
+        return
+    type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
+    if getattr(model, "_hf_peft_config_loaded", False) and is_main_process and in_training:
+        trained = {name: p.detach().cpu() for name, p in model.named_parameters() if ".lora_" in name}
+        save_file(trained, Path(save_directory) / "model.safetensors", metadata={"format": "pt"})
+
+
+def _push_to_hub(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """Push any model but a polarized one, whose adapter has to name its repository."""
+    if _is_polarized_alone(model):
+        raise ValueError(
+            "use hf_polarize.push_polarized(model, repo_id): it also writes what the Hub needs to load it"
+        )
+    return type(model).push_to_hub(model, *args, **kwargs)
+
+
+# a bound method pickles by its name
+_save_pretrained.__name__, _push_to_hub.__name__ = "save_pretrained", "push_to_hub"
 
 
 def _load_surrogates(
@@ -79,7 +139,10 @@ def _load_surrogates(
     names = [field.name for field in dataclasses.fields(LoraConfig) if field.init]
     config = SurrogateConfig(**{name: getattr(plain, name) for name in names})
     name = SURROGATE if adapter_name in (None, "default") else adapter_name
-    info = model.load_adapter(peft_model_id, adapter_name=name, peft_config=config, load_config=load_config, **kwargs)
+    # of the mixin: some models have a load_adapter of their own
+    info = PeftAdapterMixin.load_adapter(
+        model, peft_model_id, adapter_name=name, peft_config=config, load_config=load_config, **kwargs
+    )
     for what in ("missing", "unexpected"):
         keys = sorted(getattr(info, f"{what}_keys"))
         if keys:
@@ -171,41 +234,54 @@ def save_polarized(
         FileExistsError: If the folder is not empty.
     """
     folder = prepare_folder(directory, overwrite)
-    core, adapter = core_model(model), surrogate_adapter(model)
-    quantizer = getattr(core, "hf_quantizer", None)
-    if not isinstance(quantizer, BackboneHfQuantizer):
+    core = core_model(model)
+    surrogate_adapter(model)
+    if not isinstance(getattr(core, "hf_quantizer", None), BackboneHfQuantizer):
         raise ValueError(
             "this model's backbone was not made by hf_polarize; load it with quantization_config=PolarizeConfig(...)"
         )
     check_finite(model)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in [*folder.glob("model*.safetensors*"), *folder.glob("adapter_*")]:
-        old.unlink()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as written:
+        _write_base(core, Path(written), max_shard_size)
+        if processor is not None:
+            processor.save_pretrained(written)
+        _write_surrogates(model, Path(written))
+        folder.mkdir(exist_ok=True)
+        for old in OWN_FILES:
+            for path in folder.glob(old):
+                path.unlink()
+        for path in Path(written).iterdir():
+            shutil.move(path, folder / path.name)
+    return folder
+
+
+def _write_base(core: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
     config = copy.deepcopy(core.config)
-    config.dtype = str(core.dtype).removeprefix("torch.")
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        if part is not None:
+            part.dtype = str(core.dtype).removeprefix("torch.")
     config.architectures = [type(core).__name__]
-    config.quantization_config = copy.deepcopy(quantizer.quantization_config)
+    config.quantization_config = copy.deepcopy(core.hf_quantizer.quantization_config)
     config.quantization_config.surrogate = True
     config.save_pretrained(folder)
     if core.can_generate():
         core.generation_config.save_pretrained(folder)
-    if processor is not None:
-        processor.save_pretrained(folder)
     save_torch_state_dict(base_state_dict(core), folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
 
-    pairs = factors(model)
+
+def _write_surrogates(model: nn.Module, folder: Path) -> None:
+    core, pairs = core_model(model), factors(model)
     state = {
         f"{PEFT_PREFIX}{name}.lora_{part}.weight": factor.detach().to("cpu", factor_dtype(layer)).contiguous()
         for name, layer, _ in surrogates(model)
         for part, factor in zip("AB", pairs[name], strict=True)
     }
     save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    write_json(
-        folder / ADAPTER_CONFIG, plain_adapter_config(core.peft_config[adapter], target_modules(core, set(pairs)))
-    )
+    config = core.peft_config[surrogate_adapter(model)]
+    write_json(folder / ADAPTER_CONFIG, plain_adapter_config(config, target_modules(core, set(pairs))))
     write_json(folder / SIDECAR, sidecar(model))
-    return folder
 
 
 def plain_adapter_config(config: LoraConfig, targets: list[str]) -> dict[str, Any]:
@@ -216,6 +292,8 @@ def plain_adapter_config(config: LoraConfig, targets: list[str]) -> dict[str, An
         base_model_name_or_path=None,
         revision=None,
         auto_mapping=None,
+        exclude_modules=None,
+        init_lora_weights=True,
         target_modules=targets,
     )
     return {key: sorted(value) if isinstance(value, set) else value for key, value in output.items()}

@@ -236,17 +236,14 @@ class SurrogateConfig(LoraConfig):
             "lora_bias": False,
             "bias": "none",
             "lora_dropout": 0.0,
+            "modules_to_save": None,
+            "target_parameters": None,
+            "layer_replication": None,
+            "trainable_token_indices": None,
+            "init_lora_weights": True,  # start chooses it
         }.items():
             if getattr(self, name) != plain:
                 raise ValueError(f"{name} must be {plain!r} for a surrogate; got {getattr(self, name)!r}")
         self.init_lora_weights = start == "zero"
-        self._layers: dict[str, nn.Module] = {}
         super().__post_init__()
         self._register_custom_module(SURROGATE_LAYERS)
-
-    def enter(self, name: str, layer: nn.Module) -> dict[str, nn.Module]:
-        """Note a layer that was made with this configuration; return all those of its model, by name."""
-        if name in self._layers:  # the same configuration, for another model
-            self._layers = {}
-        self._layers[name] = layer
-        return self._layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,18 @@ logger = logging.get_logger(__name__)
 SELF = "self"
 """Name of the calibration data that the original model writes itself."""
 
+CHARACTERS_PER_TOKEN = 8
+"""More than a token of text has on average in any language; so much of a data set is read."""
+
 Batch = dict[str, torch.Tensor]
+
+
+def to_model(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
+    """Move a batch to the device of a model, and images and the like to its dtype."""
+    return {
+        key: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+        for key, value in batch.items()
+    }
 
 
 def is_text_model(model: PreTrainedModel) -> bool:
@@ -32,11 +43,27 @@ def is_causal_lm(model: PreTrainedModel) -> bool:
     )
 
 
-def first_rows(data: Any, limit: int | None) -> list[dict[str, Any]]:
-    """Return at most `limit` rows: spread evenly over a data set of known length, the first of a stream."""
-    if limit is not None and hasattr(data, "select") and len(data) > limit:
-        data = data.select([i * len(data) // limit for i in range(limit)])
-    return list(itertools.islice(data, limit))
+def spread_rows(
+    data: Any, size: Callable[[dict[str, Any]], int], needed: int, slabs: int = 32
+) -> list[dict[str, Any]]:
+    """
+    Return rows of a data set until their sizes add up to what is needed.
+
+    Of a data set of known length they come from `slabs` runs of neighbouring rows, spread evenly, so that a long text
+    that spans rows stays together; of a stream they are the first ones.
+    """
+    known = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    starts = [i * len(data) // slabs for i in range(slabs)] if known else [0]
+    ends = [*starts[1:], len(data)] if known else [None]
+    rows: list[dict[str, Any]] = []
+    for start, end in zip(starts, ends, strict=True):
+        taken = 0
+        for row in (data[i] for i in range(start, end)) if end is not None else data:
+            if taken * len(starts) >= needed:
+                break
+            rows.append(row)
+            taken += size(row)
+    return rows
 
 
 def check_split(data: Any) -> None:
@@ -45,7 +72,7 @@ def check_split(data: Any) -> None:
         raise ValueError(f"data is a dictionary of {sorted(data)}; choose one of them: data[{sorted(data)[0]!r}]")
 
 
-def read_texts(data: Any, text_column: str | None = None, max_rows: int | None = None) -> list[str]:
+def read_texts(data: Any, text_column: str | None = None, max_characters: int | None = None) -> list[str]:
     """
     Return the documents of a text source.
 
@@ -53,7 +80,7 @@ def read_texts(data: Any, text_column: str | None = None, max_rows: int | None =
         data: the path of a text file (one document), a list of strings, or a `datasets.Dataset` (or any iterable of
             dicts) with a column of strings.
         text_column (`str`, *optional*): of a dataset; the first column of strings if left out.
-        max_rows (`int`, *optional*): of a dataset (see [`first_rows`]).
+        max_characters (`int`, *optional*): of a dataset, read no more rows than give that many (see [`spread_rows`]).
 
     Raises:
         FileNotFoundError: If `data` is a path and there is no such file.
@@ -62,10 +89,10 @@ def read_texts(data: Any, text_column: str | None = None, max_rows: int | None =
     check_split(data)
     if isinstance(data, (str, Path)):
         path = Path(data)
-        if not path.is_file():
+        if len(str(data)) > 4096 or not path.is_file():
             raise FileNotFoundError(
-                f'no text file "{data}". Data is the path of a text file, "{SELF}" (text that the original model '
-                "writes itself), a list of strings, or a datasets.Dataset."
+                f'no text file "{str(data)[:80]}". Data is the path of a text file, "{SELF}" (text that the original '
+                "model writes itself), a list of strings, or a datasets.Dataset."
             )
         try:
             texts = [path.read_text(encoding="utf-8")]
@@ -74,13 +101,16 @@ def read_texts(data: Any, text_column: str | None = None, max_rows: int | None =
     elif isinstance(data, Sequence) and all(isinstance(item, str) for item in data):
         texts = list(data)
     elif isinstance(data, Iterable):
-        rows = first_rows(data, max_rows)
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"can't read text from a {type(data).__name__} of {type(rows[0]).__name__}")
-        strings = [key for key, value in (rows[0] if rows else {}).items() if isinstance(value, str)]
+        first = next(iter(data), None)
+        if not isinstance(first, dict):
+            raise ValueError(f"can't read text from a {type(data).__name__} of {type(first).__name__}")
+        strings = [key for key, value in first.items() if isinstance(value, str)]
         column = text_column or next(iter(strings), "")
-        if rows and column not in strings:
-            raise ValueError(f"no text column {text_column or ''} in the data set; it has {sorted(rows[0])}")
+        if column not in strings:
+            raise ValueError(f"no text column {text_column or ''} in the data set; it has {sorted(first)}")
+        rows = (
+            data if max_characters is None else spread_rows(data, lambda row: len(row[column] or ""), max_characters)
+        )
         texts = [row[column] or "" for row in rows]
     else:
         raise ValueError(f"can't read text from {type(data).__name__}")
@@ -140,6 +170,12 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
+_CANT_WRITE = (
+    f'{{}} can\'t write its own calibration text (data="{SELF}"): {{}}; '
+    "give a text file, a list of strings or a data set"
+)
+
+
 @torch.no_grad()
 def self_windows(
     model: PreTrainedModel, window: int, count: int, seed: int, batch_size: int = 16, start_token: int | None = None
@@ -160,34 +196,33 @@ def self_windows(
     Returns:
         `torch.Tensor` of shape `(count, window)`, int64.
     """
+    if not model.can_generate():
+        raise ValueError(_CANT_WRITE.format(type(model).__name__, "it does not generate"))
     first = start_token
-    if model.can_generate():
-        for settings in (model.generation_config, model.config):
-            for key in ("bos_token_id", "eos_token_id"):
-                token = getattr(settings, key, None)
-                first = first if first is not None else token[0] if isinstance(token, list) else token
-    if first is None or not model.can_generate():
-        raise ValueError(
-            f'{type(model).__name__} can\'t write its own calibration text (data="{SELF}"): it '
-            + ("has no beginning-of-text token" if model.can_generate() else "does not generate")
-            + "; give a text file, a list of strings or a data set"
-        )
+    for settings in (model.generation_config, model.config):
+        for key in ("bos_token_id", "eos_token_id"):
+            token = getattr(settings, key, None)
+            first = first if first is not None else token[0] if isinstance(token, list) else token
+    if first is None:
+        raise ValueError(_CANT_WRITE.format(type(model).__name__, "it has no beginning-of-text token"))
     config = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=window - 1, min_new_tokens=window - 1,
-        pad_token_id=first, eos_token_id=None, bos_token_id=first, use_cache=True,
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=window - 1, pad_token_id=first,
+        bos_token_id=first, use_cache=True,
     )  # fmt: skip
+    own, model.generation_config = model.generation_config, config  # generate fills gaps from the model's own
     parts = []
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        with logging.tqdm(total=count, desc="writing calibration text", unit="window") as bar:
-            for start in range(0, count, batch_size):
-                n = min(batch_size, count - start)
-                prompt = torch.full((n, 1), first, device=model.device)
-                parts.append(
-                    model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config).cpu()
-                )
-                bar.update(n)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            with logging.tqdm(total=count, desc="writing calibration text", unit="window") as bar:
+                for start in range(0, count, batch_size):
+                    n = min(batch_size, count - start)
+                    prompt = torch.full((n, 1), first, device=model.device)
+                    parts.append(model.generate(prompt, attention_mask=torch.ones_like(prompt)).cpu())
+                    bar.update(n)
+    finally:
+        model.generation_config = own
     return torch.cat(parts)
 
 
@@ -211,7 +246,7 @@ def calibration_batches(
         processor: the tokenizer, or the image processor.
         window (`int`): tokens per window.
         max_tokens (`int`): at most that many tokens, in whole windows spread evenly over the text, or as the patches
-            of whole images; at least one. Of a data set at most as many rows are read.
+            of whole images; at least one. A data set is read no further than that takes.
         batch_size (`int`): windows per batch.
         seed (`int`): for `"self"`.
         text_column (`str`, *optional*): of a data set.
@@ -220,6 +255,10 @@ def calibration_batches(
         `list[dict[str, torch.Tensor]]` on the CPU.
     """
     if isinstance(data, list) and data and all(isinstance(value, torch.Tensor) for value in _values(data[0])):
+        if any(not batch[key].all() for batch in data for key in batch if key.endswith("attention_mask")):
+            raise ValueError(
+                "a batch has padding (zeros in its attention_mask), which would count as input; leave it out"
+            )
         return data
     check_split(data)
     count = max(1, max_tokens // tokens_per_sample(model, window))
@@ -228,11 +267,17 @@ def calibration_batches(
     if isinstance(data, str) and data == SELF:
         return split(self_windows(model, window, count, seed), batch_size, model)
     if "input_ids" in (getattr(data, "column_names", None) or []):
-        ids = torch.tensor([token for row in first_rows(data, max_tokens) for token in row["input_ids"]])
-        return split(cut(ids, window, count), batch_size, model)
+        rows = spread_rows(data, lambda row: len(row["input_ids"]), 2 * max_tokens)
+        masks = [row.get("attention_mask", [1] * len(row["input_ids"])) for row in rows]
+        ids = [
+            token
+            for row, mask in zip(rows, masks, strict=True)
+            for token in itertools.compress(row["input_ids"], mask)
+        ]
+        return split(cut(torch.tensor(ids, dtype=torch.int64), window, count), batch_size, model)
+    texts = read_texts(data, text_column, max_characters=CHARACTERS_PER_TOKEN * max_tokens)
     if processor is None:
         raise ValueError("text data needs a tokenizer: polarize(model, data, processor=tokenizer)")
-    texts = read_texts(data, text_column, max_rows=max_tokens)
     windows = token_windows(texts, processor, window, count, special_tokens=not is_causal_lm(model))
     return split(windows, batch_size, model)
 
@@ -263,7 +308,7 @@ def _image_batches(data: Any, processor: Any, count: int, batch_size: int) -> li
             "a vision model is calibrated on a data set with a column pixel_values, or image with an image processor; "
             f"got {type(data).__name__} with columns {list(columns) or 'none'}"
         )
-    values = [row[column] for row in first_rows(data, count)]
+    values = [row[column] for row in spread_rows(data, lambda row: 1, count, slabs=count)]
     if not values:
         raise ValueError("the data set holds no images")
     if column == "pixel_values":

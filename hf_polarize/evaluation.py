@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import datasets
 import evaluate
@@ -15,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .data import Batch
+from .data import Batch, is_text_model, to_model
 from .surrogate import core_model
 
 CHUNK = 128
@@ -29,7 +28,7 @@ class Quality:
 
     Attributes:
         loss (`float`): mean negative log-likelihood of a token, nats. For a model that isn't a causal language model:
-            the mean distance of its output from the original's (see [`output_distance`]), 0 for the original.
+            the mean distance of its output from the original's (see [`output_distance`]); 0 for the original.
         perplexity (`float`, *optional*): exp(loss), per token; causal language models only.
         kl (`float`, *optional*): mean KL(original || model) per token, nats.
         window_losses (`list[float]`): `loss` of each window (or batch), for paired comparisons.
@@ -140,41 +139,73 @@ def evaluate_causal_lm(
     return Quality(loss, math.exp(min(loss, 700.0)), kl, losses)
 
 
+@dataclass
+class Outputs:
+    """
+    What a model that isn't a causal language model gives for each batch, in bounded memory.
+
+    Attributes:
+        values (`list[torch.Tensor]` of shape `(..., features or classes)`): float32 on the CPU. What the output
+            embedding takes where there is one (its logits may be 50 times as large), else logits, else hidden states.
+        head (`Callable`, *optional*): the output embedding.
+        logits (`bool`): whether the model gives logits.
+    """
+
+    values: list[torch.Tensor]
+    head: Callable[[torch.Tensor], torch.Tensor] | None
+    logits: bool
+
+    def log_probabilities(self, values: torch.Tensor) -> torch.Tensor:
+        return F.log_softmax(values if self.head is None else self.head(values).float().cpu(), dim=-1)
+
+
 @torch.no_grad()
-def model_outputs(model: nn.Module, batches: Sequence[Batch], desc: str = "evaluating") -> list[torch.Tensor]:
-    """Return each batch's logits, or its last hidden states where the model has no head, as float32 on the CPU."""
+def model_outputs(model: nn.Module, batches: Sequence[Batch], desc: str = "evaluating") -> Outputs:
+    """Run a model on batches and keep its [`Outputs`]."""
     core = core_model(model)
+    embedding = core.get_output_embeddings() if is_text_model(core) else None
     training = core.training
     core.eval()
-    outputs = []
+    values: list[torch.Tensor] = []
+    handle = None
+    if embedding is not None:
+        weight = embedding.weight
+        handle = embedding.register_forward_pre_hook(lambda module, args: values.append(args[0].float().cpu()))
+    logits = False
     for batch in logging.tqdm(batches, desc=desc, unit="batch"):
-        arguments: dict[str, Any] = {
-            key: value.to(core.device, core.dtype) if value.is_floating_point() else value.to(core.device)
-            for key, value in batch.items()
-        }
-        output = core(**arguments)
-        outputs.append((output.logits if "logits" in output else output.last_hidden_state).float().cpu())
+        output = core(**to_model(batch, core))
+        logits = "logits" in output
+        if embedding is None:
+            values.append((output.logits if logits else output.last_hidden_state).float().cpu())
     core.train(training)
-    return outputs
+    if handle is None:
+        return Outputs(values, None, logits)
+    handle.remove()
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = embedding(hidden.to(weight.device, weight.dtype))  # type: ignore[misc]
+        return logits
+
+    return Outputs(values, head, logits)
 
 
-def output_distance(original: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor], logits: bool) -> Quality:
-    """
-    Compare a model's outputs with the original's: mean KL(original || model) of logits, or mean 1 - cosine of vectors.
-
-    Args:
-        original, outputs (`Sequence[torch.Tensor]` of shape `(..., classes or features)`): by batch.
-        logits (`bool`): whether they are logits; the distance is then also `kl`.
-    """
+@torch.no_grad()
+def output_distance(original: Outputs, outputs: Outputs) -> Quality:
+    """Return the mean KL(original || model) of logits, which is then `kl` as well, or else the mean 1 - cosine."""
     losses = []
-    for ours, theirs in zip(outputs, original, strict=True):
-        if logits:
-            log_p, log_q = F.log_softmax(theirs, -1), F.log_softmax(ours, -1)
-            losses.append(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
-        else:
-            losses.append(float(1 - F.cosine_similarity(ours.double(), theirs.double(), dim=-1).mean()))
+    for theirs, ours in zip(original.values, outputs.values, strict=True):
+        p, q = theirs.flatten(0, -2), ours.flatten(0, -2)
+        total = 0.0
+        for start in range(0, len(p), CHUNK):
+            part = slice(start, start + CHUNK)
+            if original.logits:
+                log_p, log_q = original.log_probabilities(p[part]), outputs.log_probabilities(q[part])
+                total += float((log_p.exp() * (log_p - log_q)).sum())
+            else:
+                total += float((1 - F.cosine_similarity(q[part].double(), p[part].double(), dim=-1)).sum())
+        losses.append(total / len(p))
     loss = sum(losses) / len(losses)
-    return Quality(loss, None, loss if logits else None, losses)
+    return Quality(loss, None, loss if original.logits else None, losses)
 
 
 class GapRecovered(evaluate.Metric):

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from torch import nn
 
 from .card import model_card
-from .checkpoint import ADAPTER_CONFIG, SIDECAR, save_polarized
+from .checkpoint import ADAPTER_CONFIG, OWN_FILES, SIDECAR, save_polarized
 from .inspection import inspect_checkpoint
 
 # what belongs to a checkpoint; a run's own files (metrics, report, plot) in the same folder stay at home
 CHECKPOINT_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "adapter_*",
-    SIDECAR, "tokenizer*", "special_tokens_map.json", "vocab*", "merges.txt", "spiece.model", "chat_template.jinja",
-    "preprocessor_config.json", "processor_config.json",
+    SIDECAR, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.spm",
+    "normalizer.json", "chat_template.jinja", "additional_chat_templates/*", "*processor_config.json",
 )  # fmt: skip
 
 
@@ -56,17 +57,23 @@ def push_folder(
     adapter = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     adapter["base_model_name_or_path"] = repo_id
     contents: dict[str, Any] = {
-        **{path.name: path for path in files},
+        **{path.relative_to(folder).as_posix(): path for path in files},
         ADAPTER_CONFIG: (json.dumps(adapter, indent=2, sort_keys=True) + "\n").encode(),
         "README.md": str(model_card(info, repo_id)).encode(),
     }
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
-    return api.create_commit(
-        repo_id,
-        [CommitOperationAdd(name, content) for name, content in contents.items()],
-        commit_message=commit_message,
-    )
+    # weights of an earlier push that this one doesn't replace would be read in the place of ours
+    stale = {
+        name
+        for name in api.list_repo_files(repo_id)
+        if name not in contents and any(fnmatch.fnmatch(name, pattern) for pattern in OWN_FILES)
+    }
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        *(CommitOperationDelete(name) for name in sorted(stale)),
+        *(CommitOperationAdd(name, content) for name, content in contents.items()),
+    ]
+    return api.create_commit(repo_id, operations, commit_message=commit_message)
 
 
 def push_polarized(

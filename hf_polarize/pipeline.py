@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .checkpoint import SIDECAR, prepare_folder, save_polarized, sidecar, write_json
-from .data import calibration_batches, is_causal_lm, is_text_model, read_texts, token_windows, tokens_per_sample
+from .data import SELF, calibration_batches, is_causal_lm, is_text_model, read_texts, token_windows, tokens_per_sample
 from .evaluation import (
     Quality,
     evaluate_causal_lm,
@@ -23,7 +23,7 @@ from .evaluation import (
 )
 from .hub import push_folder
 from .inspection import CheckpointInfo, inspect_checkpoint
-from .polarization import check_plan, forget_gguf, polarize, public_name
+from .polarization import forget_gguf, make_plan, polarize, public_name
 from .recipe import Recipe, load_data
 from .report import markdown_report, plot_layer_errors
 from .surrogate import backbone_only
@@ -43,8 +43,11 @@ class Evaluator:
         self.causal = is_causal_lm(original)
         window, count = recipe.evaluation_window, recipe.evaluation_windows
         name = recipe.evaluation.removeprefix("hub:").rpartition("/")[2]
+        started = time.monotonic()
         if self.causal:
             self.windows = token_windows(read_texts(data, recipe.evaluation_column), processor, window, count)
+            self.reference = reference_states(original, self.windows)
+            self.original = evaluate_causal_lm(original, self.windows, self.reference, desc="evaluating original")
             self.protocol = (
                 f"Token perplexity on `{name}`: {len(self.windows)} windows of {window} tokens that don't overlap, "
                 "spread evenly; KL in nats per token."
@@ -54,16 +57,10 @@ class Evaluator:
             self.batches = calibration_batches(
                 original, data, processor, window, tokens, recipe.batch_size, 0, recipe.evaluation_column
             )
-            what = "KL(original || model) of the logits" if original.get_output_embeddings() else "1 - cosine"
-            self.protocol = f"Loss is the mean distance of the output from the original's on `{name}`: {what}."
-        started = time.monotonic()
-        if self.causal:
-            self.reference = reference_states(original, self.windows)
-            self.original = evaluate_causal_lm(original, self.windows, self.reference, desc="evaluating original")
-        else:
             self.outputs = model_outputs(original, self.batches, desc="evaluating original")
-            self.logits = original.base_model is not original or original.get_output_embeddings() is not None
-            self.original = output_distance(self.outputs, self.outputs, self.logits)
+            self.original = output_distance(self.outputs, self.outputs)
+            measure = "KL(original || model) of the logits, in nats" if self.outputs.logits else "1 - cosine"
+            self.protocol = f"Loss is the mean distance of the output from the original's on `{name}`: {measure}."
         self.seconds = time.monotonic() - started
 
     def measure(self, model: PreTrainedModel, desc: str) -> tuple[Quality, float]:
@@ -72,9 +69,7 @@ class Evaluator:
         if self.causal:
             quality = evaluate_causal_lm(model, self.windows, self.reference, desc=f"evaluating {desc}")
         else:
-            quality = output_distance(
-                self.outputs, model_outputs(model, self.batches, f"evaluating {desc}"), self.logits
-            )
+            quality = output_distance(self.outputs, model_outputs(model, self.batches, f"evaluating {desc}"))
         return quality, time.monotonic() - started
 
 
@@ -112,7 +107,12 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     model, processor = load_model(recipe)
     base_model = recipe.source()[2]
     config, surrogate = recipe.polarize_config(), recipe.surrogate_config()
-    check_plan(model, config, surrogate)
+    make_plan(model, config, surrogate)
+    if calibration != SELF:
+        calibration = calibration_batches(
+            model, calibration, processor, recipe.window, recipe.max_tokens, recipe.batch_size, recipe.seed,
+            recipe.calibration_column,
+        )  # fmt: skip
 
     evaluator = Evaluator(model, recipe, evaluation, processor)
     original_bytes = sum(parameter.nbytes for parameter in model.parameters())
@@ -120,7 +120,6 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     polarize(
         model, calibration, config, surrogate, processor=processor, window=recipe.window,
         max_tokens=recipe.max_tokens, batch_size=recipe.batch_size, seed=recipe.seed,
-        text_column=recipe.calibration_column,
     )  # fmt: skip
     provenance = model.polarization["provenance"]
     provenance["base_model"] = public_name(base_model)
@@ -148,7 +147,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     write_json(folder / SIDECAR, sidecar(model))
     write_json(folder / "metrics.json", {**metrics, "recipe": asdict(recipe)})
     plot_layer_errors(model.polarization["layers"], folder / "layer_errors.png")
-    title = f"{provenance['base_model']}, polarized ({recipe.backbone.upper()}, rank {recipe.r})"
+    title = f"{base_model.rpartition('/')[2]}, polarized ({recipe.backbone.upper()}, rank {recipe.r})"
     report = markdown_report(title, metrics, inspect_checkpoint(folder), command, "layer_errors.png")
     (folder / "report.md").write_text(report, encoding="utf-8")
     if recipe.push_to:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
-import types
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -20,7 +17,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationMethod
 
-from .backbone import BackboneLayer, is_convertible, new_layer, plain_layer
+from .backbone import NF4_BLOCK, BackboneLayer, is_convertible, new_layer, plain_layer, weight_matrix
 from .configuration import PolarizeConfig
 
 logger = logging.get_logger(__name__)
@@ -40,8 +37,12 @@ def default_modules_to_not_convert(model: PreTrainedModel) -> list[str]:
     else:
         # the last module that bitsandbytes leaves alone is the head; a bare encoder has none
         names -= {name for name in names if name in linears and model.get_output_embeddings() is None}
-    names |= {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
-    return sorted(names)
+    return sorted(names | tied_modules(model))
+
+
+def tied_modules(model: PreTrainedModel) -> set[str]:
+    """Name the modules whose weight is another one's as well."""
+    return {key.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for key in pair}
 
 
 class _QuantizeAndRelease(ConversionOps):
@@ -75,12 +76,17 @@ class BackboneHfQuantizer(HfQuantizer):
         self.serialized_names = self.bnb.serialized_names
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
-        if isinstance(device_map, dict) and "disk" in map(str, device_map.values()) and not self.pre_quantized:
+        if isinstance(device_map, dict) and "disk" in map(str, device_map.values()):
             raise ValueError(
-                "device_map puts a part of the model on disk, and a model can't be quantized and offloaded to disk in "
-                "one go: accelerate would keep the original tensors there and the layers would fail later. Quantize "
-                "with enough memory (a quarter of the bf16 size for NF4), call save_polarized or save_pretrained, and "
-                "load that checkpoint with the device_map."
+                "device_map puts a part of the model on disk. "
+                + (
+                    "bitsandbytes' layers can't be offloaded to disk: give the model more memory or smaller limits on "
+                    "other devices (max_memory)."
+                    if self.pre_quantized
+                    else "A model can't be quantized and offloaded to disk in one go: accelerate would keep the "
+                    "original tensors there and the layers would fail later. Quantize where the backbone fits in "
+                    "memory (a quarter of the bf16 size for NF4)."
+                )
             )
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
@@ -109,20 +115,49 @@ class BackboneHfQuantizer(HfQuantizer):
     def modules_to_convert(self, model: PreTrainedModel) -> dict[str, nn.Module]:
         """Choose the layers of the backbone and write the names of all others into the configuration."""
         config = self.quantization_config
+        linears = {name: module for name, module in model.named_modules() if is_convertible(module)}
         if config.llm_int8_skip_modules is None:
             config.llm_int8_skip_modules = default_modules_to_not_convert(model)
+        else:
+            # a tied weight can't be quantized in one place and not in the other
+            tied = tied_modules(model) & set(linears) - set(config.llm_int8_skip_modules)
+            config.llm_int8_skip_modules += sorted(tied)
         skip = [*config.llm_int8_skip_modules, *(model._keep_in_fp32_modules or [])]
-        chosen = {
-            name: module
-            for name, module in model.named_modules()
-            if is_convertible(module) and should_convert_module(name, skip)
-        }
+        chosen = {name: module for name, module in linears.items() if should_convert_module(name, skip)}
         if not chosen:
             raise ValueError(
-                f"no linear layer of {type(model).__name__} is left to quantize: modules_to_not_convert={skip} covers "
-                "all of them"
+                f"{type(model).__name__} has no layer to quantize: of its {len(linears)} layers of the classes "
+                f"torch.nn.Linear and Conv1D, modules_to_not_convert={skip} covers all"
             )
+        if not self.pre_quantized:
+            self._warn(model, chosen)
         return chosen
+
+    def _warn(self, model: PreTrainedModel, chosen: dict[str, nn.Module]) -> None:
+        """Say what the user may not expect: layers that some readers can't run, and large parts left as they are."""
+        odd = [
+            name
+            for name, module in chosen.items()
+            if self.quantization_config.backbone == "nf4"
+            and (weight_matrix(module).shape[0] % 32 or weight_matrix(module).shape[1] % NF4_BLOCK)
+        ]
+        if odd:
+            logger.warning(
+                "%d layers (%s, ...) have shapes that bitsandbytes can't run on a CPU with AVX512-BF16 (out_features "
+                "a multiple of 32, in_features of %d); without hf_polarize this model fails there. Name them in "
+                "modules_to_not_convert to keep them out.",
+                len(odd),
+                odd[0],
+                NF4_BLOCK,
+            )
+        quantized = sum(weight_matrix(module).numel() for module in chosen.values())
+        stacked = sum(p.numel() for p in model.parameters() if p.dim() > 2)
+        if stacked > quantized:
+            logger.warning(
+                "%.0f %% of this model's weights are stacked in tensors that are no linear layers (the experts of a "
+                "mixture, or convolutions) and stay in high precision",
+                100 * stacked / sum(p.numel() for p in model.parameters()),
+            )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         for name, module in self.modules_to_convert(model).items():
@@ -131,7 +166,7 @@ class BackboneHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.mark(model)
         if hasattr(model, "_weight_conversions"):
-            # transformers 5.24 can't run these backwards: saving a loaded bitsandbytes model would raise
+            # transformers 5.23 can't run these backwards: saving a loaded bitsandbytes model would raise
             model._weight_conversions = [
                 converter
                 for converter in model._weight_conversions or []
@@ -151,7 +186,6 @@ class BackboneHfQuantizer(HfQuantizer):
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         model.is_loaded_in_4bit = self.quantization_config.backbone == "nf4"
         model.is_loaded_in_8bit = self.quantization_config.backbone == "int8"
-        model.save_pretrained = types.MethodType(_save_for_trainer, model)
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
         super().remove_quantization_config(model)
@@ -159,7 +193,6 @@ class BackboneHfQuantizer(HfQuantizer):
             if isinstance(module, PreTrainedModel):
                 module.config._is_quantized = False
         model.is_loaded_in_4bit = model.is_loaded_in_8bit = False
-        model.__dict__.pop("save_pretrained", None)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         target = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -174,25 +207,6 @@ class BackboneHfQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
-
-
-def _save_for_trainer(
-    model: PreTrainedModel, save_directory: str, is_main_process: bool = True, **kwargs: Any
-) -> None:
-    """
-    Save as transformers does and, for adapters, add the file from which Trainer can resume.
-
-    Of a model with adapters transformers writes the adapter alone, and Trainer then reads it back only into a
-    `PeftModel` (trainer.py:3701 of 5.23); for any other it wants model.safetensors, which it loads by parameter name.
-    """
-    type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
-    if getattr(model, "_hf_peft_config_loaded", False) and is_main_process:
-        logger.warning_once(
-            "save_pretrained writes the adapter of this model alone, as for any model with adapters; "
-            "hf_polarize.save_polarized writes a checkpoint that loads by itself"
-        )
-        trained = {name: p.detach().cpu() for name, p in model.named_parameters() if ".lora_" in name}
-        save_file(trained, Path(save_directory) / "model.safetensors", metadata={"format": "pt"})
 
 
 def release_memory() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .backbone import BackboneLayer, BackboneLinear4bit, BackboneLinear8bit, plain_layer
+from .backbone import BackboneLinear4bit, BackboneLinear8bit, backbone_layers, plain_layer
 from .configuration import SURROGATE_LAYERS, SurrogateConfig
 
 logger = logging.get_logger(__name__)
@@ -43,7 +44,6 @@ class SurrogateLayer:
 
     def __init__(self, *args: Any, target_name: str = "", **kwargs: Any) -> None:
         self._surrogates: list[str] = []
-        self._siblings: dict[str, SurrogateLayer] = {}
         self._target_name = target_name
         self._user_adapters_off = False
         super().__init__(*args, target_name=target_name, **kwargs)  # type: ignore[call-arg]
@@ -54,7 +54,7 @@ class SurrogateLayer:
         if is_surrogate and r > limit:
             raise ValueError(
                 f"rank must be in 1..min(in_features, out_features) = 1..{limit} for {self._target_name} "
-                f"({self.in_features} -> {self.out_features}); got {r}"
+                f"({self.in_features} -> {self.out_features}); got {r}. rank_pattern gives single layers another rank."
             )
         if adapter_name in self._surrogates and not is_surrogate:
             raise ValueError(
@@ -63,24 +63,9 @@ class SurrogateLayer:
             )
         if is_surrogate and adapter_name not in self._surrogates:
             self._surrogates.append(adapter_name)
-            self._siblings = config.enter(self._target_name, self)
-        elif not is_surrogate:
-            for layer in self._siblings.values():
-                layer.freeze()
         named = self._active_adapter
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)  # type: ignore[misc]
         self.set_adapter(named, inference_mode=config.inference_mode)
-
-    def freeze(self) -> None:
-        """
-        Freeze the surrogates of this layer.
-
-        The parameters are replaced: `get_peft_model` remembers those that it found and restores their `requires_grad`
-        after it has added an adapter (tuners_utils.py:885 of peft 0.21.2).
-        """
-        for name in self._surrogates:
-            for factor in (self.lora_A[name], self.lora_B[name]):  # type: ignore[attr-defined]
-                factor.weight = nn.Parameter(factor.weight.data, requires_grad=False)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -92,6 +77,12 @@ class SurrogateLayer:
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         self._user_adapters_off = False
         super().set_adapter(adapter_names, inference_mode=inference_mode)  # type: ignore[misc]
+        named = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        for name in set(self._surrogates) - named:
+            for factor in (self.lora_A[name], self.lora_B[name]):  # type: ignore[attr-defined]
+                # frozen in a new parameter: get_peft_model remembers those that it found, and restores their
+                # requires_grad after it has added an adapter (tuners_utils.py:885 of peft 0.21.2)
+                factor.weight = nn.Parameter(factor.weight.data, requires_grad=False)
 
     def enable_adapters(self, enabled: bool) -> None:
         if enabled:
@@ -106,6 +97,39 @@ class SurrogateLayer:
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)  # type: ignore[misc]
         self._surrogates = [name for name in self._surrogates if name != adapter_name]
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        """Give every row the surrogates and its own adapter of the user's; `"__base__"` is none of those."""
+        rows = ["__base__" if name in self._surrogates else name for name in adapter_names]
+        result: torch.Tensor = super()._mixed_batch_forward(x, *args, adapter_names=rows, **kwargs)  # type: ignore[misc]
+        for name in self._surrogates:
+            lora_a, lora_b = self.lora_A[name], self.lora_B[name]  # type: ignore[attr-defined]
+            result = result + lora_b(lora_a(x.to(lora_a.weight.dtype))).to(result.dtype)
+        return result
+
+    def scale_layer(self, scale: float) -> None:
+        super().scale_layer(scale)  # type: ignore[misc]
+        self._restore_unit_scale()
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        super().unscale_layer(scale)  # type: ignore[misc]
+        self._restore_unit_scale()
+
+    def _restore_unit_scale(self) -> None:
+        self.scaling.update(dict.fromkeys(self._surrogates, 1.0))  # type: ignore[attr-defined]
+
+    def unload_and_optionally_merge_module(self, merge: bool, **kwargs: Any) -> nn.Module:
+        """Give PEFT's `unload` the bare backbone; refuse its merge, and to unload what is stacked on surrogates."""
+        if merge:
+            self.merge()
+        stacked = sorted(set(self.lora_A) - set(self._surrogates))  # type: ignore[attr-defined]
+        if stacked:
+            raise ValueError(
+                f"unloading all adapters would take the surrogates with it; delete your own: delete_adapter({stacked})"
+            )
+        return self.get_base_layer()  # type: ignore[attr-defined, no-any-return]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(
@@ -124,6 +148,11 @@ class SurrogateLinear8bit(SurrogateLayer, lora_bnb.Linear8bitLt):
 
 def _left_alone(target: nn.Module, adapter_name: str, target_name: str = "", **kwargs: Any) -> nn.Module:
     """Give a layer that isn't quantized no surrogate; "all-linear" means those too."""
+    if isinstance(target, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+        raise ValueError(
+            f"{target_name} was quantized by bitsandbytes alone; load the model with "
+            "quantization_config=PolarizeConfig(...) to give it surrogates"
+        )
     logger.info("%s is not quantized and gets no surrogate", target_name)
     return target
 
@@ -237,37 +266,36 @@ def backbone_only(model: nn.Module) -> Iterator[nn.Module]:
             layer._disable_adapters = flag
 
 
-def merge_surrogates(model: nn.Module, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def merge_surrogates(model: nn.Module) -> PreTrainedModel:
     """
     Merge the surrogates the way that keeps what they won: dequantize each layer first, then add B A.
 
-    The result is a plain model without adapters or quantization, four times larger. Each weight is
-    `dequantize(Q) + B A`, added in float32 and rounded once to `dtype`.
+    The result is a plain model without adapters or quantization, of the original's size. Each weight is
+    `dequantize(Q) + B A`, added in float32 and rounded once to the dtype of the model.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): polarized; it is changed in place.
-        dtype (`torch.dtype`, *optional*): of the merged weights; the model's own dtype if left out.
 
     Returns:
         The transformers model, ready for `save_pretrained`.
 
     Raises:
-        ValueError: If there is no surrogate, or another adapter is stacked on top; merge or remove that one first.
+        ValueError: If there is no surrogate, or another adapter is stacked on top; delete that one first.
     """
     core, adapter = core_model(model), surrogate_adapter(model)
     others = sorted({name for _, layer, _ in surrogates(model) for name in layer.lora_A} - {adapter})
     if others:
         raise ValueError(f"adapters {others} are stacked on the surrogate; delete them before merging")
-    quantizer = core.hf_quantizer
-    target = dtype or core.dtype
-    for name, module in list(core.named_modules()):
-        if isinstance(module, SurrogateLayer):
-            a, b = module.lora_A[adapter].weight, module.lora_B[adapter].weight  # type: ignore[attr-defined]
-            core.set_submodule(name, plain_layer(module.base_layer, target, (b @ a).detach()))  # type: ignore
-        elif isinstance(module, BackboneLayer) and not name.endswith(".base_layer"):
-            core.set_submodule(name, plain_layer(module, target))
-    quantizer.remove_quantization_config(core)
+    dtype = core.dtype
+    for name, (a, b) in factors(model).items():
+        base = core.get_submodule(name).base_layer
+        delta = (b.float() @ a.float()).detach()
+        core.set_submodule(name, plain_layer(base, dtype, delta))  # type: ignore[arg-type]
+    for name, layer in list(backbone_layers(core)):
+        core.set_submodule(name, plain_layer(layer, dtype))
+    if getattr(core, "hf_quantizer", None) is not None:  # not after model.dequantize()
+        core.hf_quantizer.remove_quantization_config(core)
     core._hf_peft_config_loaded = False
     if hasattr(core, "peft_config"):
         del core.peft_config
-    return core.to(target)  # type: ignore[no-any-return, arg-type]
+    return core

@@ -98,6 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
                 value = entry["value"]
                 if entry["key"] == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
+                elif entry["key"] == "deletedFile":
+                    del files[value["path"]]
                 elif entry["key"] == "lfsFile":
                     files[value["path"]] = hub.blobs[value["oid"]]
                 elif entry["key"] == "header":
@@ -121,9 +123,9 @@ class _Handler(BaseHTTPRequestHandler):
         if api:
             parts = parts[2:]
         repo_id, rest = "/".join(parts[:2]), parts[2:]
-        if not self.hub.repos.get(repo_id):
+        if repo_id not in self.hub.repos:
             return self.missing("RepoNotFound")
-        revision, files = list(self.hub.repos[repo_id].items())[-1]
+        revision, files = list(self.hub.repos[repo_id].items() or [("0" * 40, {})])[-1]
         if api and (not rest or rest[0] == "revision"):
             siblings = [{"rfilename": name} for name in files]
             return self.reply({"id": repo_id, "modelId": repo_id, "sha": revision, "siblings": siblings, "tags": []})

@@ -161,7 +161,7 @@ def test_modules_to_not_convert_are_left_alone(tmp_path):
     model = load("llama-untied", tmp_path, PolarizeConfig(modules_to_not_convert=["down_proj"]))
     names = {name for name, _ in backbone_layers(model)}
     assert "lm_head" in names and not any("down_proj" in name for name in names)
-    with pytest.raises(ValueError, match="no linear layer of LlamaForCausalLM is left to quantize"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no layer to quantize"):
         load("llama-untied", tmp_path, PolarizeConfig(modules_to_not_convert=["model", "lm_head"]))
 
 

@@ -5,11 +5,11 @@ import torch
 from conftest import FAMILIES, tiny_inputs, tiny_model
 
 from hf_polarize.calibration import input_covariances, shared_inputs
-from hf_polarize.polarization import plan
+from hf_polarize.polarization import make_plan
 
 
 def layers_of(model):
-    return plan(model, None)[1]
+    return make_plan(model).layers
 
 
 def collect(model, batches, **kwargs):
@@ -61,7 +61,8 @@ def test_bounded_memory_takes_more_passes_and_gives_the_same():
 
 def test_layers_with_one_input_share_one_covariance():
     model = tiny_model("llama-untied")
-    groups = shared_inputs(model, tiny_inputs(model), layers_of(model))
+    groups, once = shared_inputs(model, tiny_inputs(model), layers_of(model))
+    assert once
     assert [name.rpartition(".")[2] for name in groups[0]] == ["q_proj", "k_proj", "v_proj"]
     covariances = collect(model, [tiny_inputs(model)])
     prefix = "model.layers.1"

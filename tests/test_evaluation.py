@@ -82,10 +82,10 @@ def test_models_without_tokens_to_predict_are_compared_by_their_outputs():
     reference = model_outputs(original, inputs)
     model = polarize(tiny_model("bert"), [tiny_inputs(original)])
     with backbone_only(model):
-        bare = output_distance(reference, model_outputs(model, inputs), logits=False)
-    ours = output_distance(reference, model_outputs(model, inputs), logits=False)
+        bare = output_distance(reference, model_outputs(model, inputs))
+    ours = output_distance(reference, model_outputs(model, inputs))
     assert 0 < ours.loss < bare.loss and ours.kl is None and ours.perplexity is None
-    a, b = torch.cat(reference).double(), torch.cat(model_outputs(model, inputs)).double()
+    a, b = torch.cat(reference.values).double(), torch.cat(model_outputs(model, inputs).values).double()
     expected = 1 - ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean()
     assert ours.loss == pytest.approx(float(expected), rel=1e-6)
     assert not is_causal_lm(original) and is_causal_lm(tiny_model("gpt2"))

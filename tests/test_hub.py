@@ -111,6 +111,15 @@ def test_a_pushed_model_loads_everywhere_with_the_same_logits(hub, folder, model
     assert torch.equal(torch.load(tmp_path / "out2"), output(model, inputs))
 
 
+def test_a_second_push_replaces_the_weights_of_the_first(hub, model, tmp_path):
+    """transformers would prefer the old single file to the new shards."""
+    for step, size in (("one", "5GB"), ("two", "40KB")):
+        folder = save_polarized(model, tmp_path / step, max_shard_size=size)
+        run(["-m", "hf_polarize.cli", "push", folder, "user/twice"], env=client(hub, tmp_path / "cache"))
+    weights = {name for name in hub.files("user/twice") if name.startswith("model") and name.endswith(".safetensors")}
+    assert weights == {path.name for path in folder.glob("model*.safetensors")} and len(weights) > 1
+
+
 def test_the_card_tells_what_the_hub_and_a_reader_need(folder):
     text = str(model_card(inspect_checkpoint(folder), "user/tiny"))
     card = ModelCard(text)

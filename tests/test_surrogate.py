@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from hf_polarize import PolarizeConfig, SurrogateConfig, backbone_only, merge_surrogates, polarize
-from hf_polarize.backbone import backbone_layers
+from hf_polarize.backbone import backbone_layers, quantize_linear
+from hf_polarize.polarization import make_plan
 from hf_polarize.surrogate import SurrogateLayer, factors, surrogate_adapter
 
 BACKBONES = ["nf4", "int8"]
@@ -16,15 +17,12 @@ BACKBONES = ["nf4", "int8"]
 
 def backbone(family="llama-untied", kind="nf4", **kwargs):
     """Return a tiny model with a backbone, and its inputs."""
-    from hf_polarize.polarization import plan
 
     model = tiny_model(family, **kwargs)
-    from hf_polarize.backbone import quantize_linear
-
-    quantizer, layers = plan(model, PolarizeConfig(kind))
-    for name, layer in layers.items():
-        model.set_submodule(name, quantize_linear(layer, quantizer.quantization_config))
-    quantizer.mark(model)
+    made = make_plan(model, PolarizeConfig(kind))
+    for name, layer in made.layers.items():
+        model.set_submodule(name, quantize_linear(layer, made.quantizer.quantization_config))
+    made.quantizer.mark(model)
     return model, tiny_inputs(model)
 
 
