@@ -42,10 +42,8 @@ logger = logging.get_logger(__name__)
 SIDECAR = "polarize_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-OWN_FILES = (
-    "model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors", "model.safetensors.index.json",
-    ADAPTER_CONFIG, ADAPTER_WEIGHTS,
-)  # fmt: skip
+WEIGHTS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors")
+OWN_FILES = (*WEIGHTS, "model.safetensors.index.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 """What an earlier checkpoint may have left, by name or pattern: files that a reader would take for ours."""
 FORMAT_VERSION = 1
 DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")

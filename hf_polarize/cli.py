@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -82,7 +83,7 @@ def _run(options: argparse.Namespace) -> int:
     for row in measured:
         table.add_row(*row)
     console.print(table)
-    console.print(f"checkpoint, metrics.json and report.md are in {Path(recipe.output_dir)}/")
+    console.print(escape(f"checkpoint, metrics.json and report.md are in {Path(recipe.output_dir)}/"))
     return 0
 
 
@@ -91,7 +92,7 @@ def _info(options: argparse.Namespace) -> int:
 
     info = inspect_checkpoint(options.directory)
     console = _console()
-    table = Table(title=f"{(info.config.get('architectures') or ['model'])[0]} in {options.directory}")
+    table = Table(title=escape(f"{(info.config.get('architectures') or ['model'])[0]} in {options.directory}"))
     for heading in ("layer", "shape", "rank", "backbone", "scales", "surrogate", "bytes"):
         table.add_column(heading, justify="left" if heading == "layer" else "right", overflow="fold")
     for layer in info.layers:
@@ -115,10 +116,10 @@ def _info(options: argparse.Namespace) -> int:
         f"activations {backbone['activations']}; hf_polarize {info.sidecar['hf_polarize_version']}"
     )
     for key, value in info.sidecar.get("provenance", {}).items():
-        console.print(f"{key}: {value}", highlight=False)
+        console.print(escape(f"{key}: {value}"), highlight=False)
     results = info.sidecar.get("results")
     if results and results.get("gap_recovered") is not None:
-        console.print(f"gap recovered: {100 * results['gap_recovered']:.1f} % ({results['protocol']})")
+        console.print(f"gap recovered: {100 * results['gap_recovered']:.1f} % ({results['protocol']})", markup=False)
     return 0
 
 

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig
 from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.quantizers import auto
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config
 from transformers.utils.quantization_config import QuantizationMethod
 
@@ -47,7 +48,8 @@ class PolarizeConfig(BitsAndBytesConfig):
             dtype that the model is loaded in. An INT8 backbone multiplies in INT8 and takes no compute dtype.
         activations (`str`, *optional*):
             Fake quantization of the input of each backbone layer, one scale per token: `"int8"` or `"nf4"`. The
-            surrogate still sees the input in full precision. Without this library installed it has no effect.
+            surrogate still sees the input in full precision. Without this library installed it has no effect. Given
+            to `from_pretrained` for a polarized checkpoint, it takes the place of what the checkpoint says.
         modules_to_not_convert (`list[str]`, *optional*):
             Names of modules to leave as they are, matched as a prefix, as a suffix, or as a regular expression. Left
             out: the heads (whatever lies outside the base model) and every tied layer. A list *replaces* that default.
@@ -127,6 +129,10 @@ class PolarizeConfig(BitsAndBytesConfig):
         if not self.compute_dtype_given and dtype in (torch.float32, torch.bfloat16, torch.float16):
             self.bnb_4bit_compute_dtype = dtype
 
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """Return what a configuration given to `from_pretrained` changes about a quantized checkpoint."""
+        return {"activations": self.activations}
+
     def to_dict(self) -> dict[str, Any]:
         """Write a bitsandbytes configuration that carries the keys of this library in one block, `polarize`."""
         output: dict[str, Any] = super().to_dict()
@@ -170,6 +176,8 @@ class _CheckpointConfig(BitsAndBytesConfig):
 # a configuration up under these two names; every other bitsandbytes checkpoint passes through unchanged.
 for _name in ("bitsandbytes_4bit", "bitsandbytes_8bit"):
     AUTO_QUANTIZATION_CONFIG_MAPPING[_name] = _CheckpointConfig
+# the classes whose loading attributes transformers takes over; it has no function to register one (auto.py:140)
+auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, PolarizeConfig)
 
 
 @dataclass

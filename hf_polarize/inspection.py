@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
-from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, SIDECAR, few
+from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, SIDECAR, WEIGHTS, few
 
 CONFIG = "config.json"
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -118,7 +119,7 @@ def inspect_checkpoint(directory: str | Path) -> CheckpointInfo:
     folder = Path(directory)
     if not folder.is_dir():
         raise FileNotFoundError(f'no folder "{folder}"')
-    files = sorted(folder.glob("model*.safetensors"))
+    files = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
     if not (folder / CONFIG).is_file() or not files:
         raise FileNotFoundError(f'no model in "{folder}": a checkpoint has {CONFIG} and model.safetensors')
     config = _read_json(folder / CONFIG)
@@ -157,6 +158,7 @@ def inspect_checkpoint(directory: str | Path) -> CheckpointInfo:
         raise ValueError(f'the model in "{folder}" has no bitsandbytes layer: it is not a polarized checkpoint')
 
     a_b, adapter_sizes = _check_adapter(folder / ADAPTER_WEIGHTS, matrices, sidecar, broken)
+    _check_ranks(_read_json(folder / ADAPTER_CONFIG), a_b)
     if broken:
         raise ValueError(f"NaN or infinite values in {few(sorted(broken))}: the checkpoint is broken")
 
@@ -182,6 +184,20 @@ def inspect_checkpoint(directory: str | Path) -> CheckpointInfo:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _check_ranks(adapter: dict[str, Any], ranks: dict[str, int]) -> None:
+    """Make sure that PEFT will make layers of these ranks and scale them by 1."""
+    for name, rank in ranks.items():
+        said = []
+        for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+            patterns = adapter.get(pattern) or {}
+            said.append(patterns.get(get_pattern_key(patterns, name), adapter.get(key)))
+        if said != [rank, rank]:
+            raise ValueError(
+                f"{ADAPTER_CONFIG} gives {name} rank {said[0]} and alpha {said[1]}; its factors have rank {rank}, and "
+                "a surrogate has unit scale"
+            )
 
 
 def _check_adapter(

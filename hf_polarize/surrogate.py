@@ -95,8 +95,8 @@ class SurrogateLayer:
             self._user_adapters_off = stacked
 
     def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)  # type: ignore[misc]
         self._surrogates = [name for name in self._surrogates if name != adapter_name]
+        super().delete_adapter(adapter_name)  # type: ignore[misc]
 
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
@@ -117,8 +117,18 @@ class SurrogateLayer:
         super().unscale_layer(scale)  # type: ignore[misc]
         self._restore_unit_scale()
 
+    @property
+    def scaling(self) -> dict[str, float]:
+        """Scale of each adapter. PEFT's helpers set it for all at once; that of a surrogate stays 1."""
+        return self._scaling
+
+    @scaling.setter
+    def scaling(self, value: dict[str, float]) -> None:
+        self._scaling = value
+        self._restore_unit_scale()
+
     def _restore_unit_scale(self) -> None:
-        self.scaling.update(dict.fromkeys(self._surrogates, 1.0))  # type: ignore[attr-defined]
+        self._scaling.update(dict.fromkeys(self._surrogates, 1.0))
 
     def unload_and_optionally_merge_module(self, merge: bool, **kwargs: Any) -> nn.Module:
         """Give PEFT's `unload` the bare backbone; refuse its merge, and to unload what is stacked on surrogates."""

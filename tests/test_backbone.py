@@ -165,6 +165,28 @@ def test_modules_to_not_convert_are_left_alone(tmp_path):
         load("llama-untied", tmp_path, PolarizeConfig(modules_to_not_convert=["model", "lm_head"]))
 
 
+def test_tied_layers_stay_whatever_is_named(tmp_path, config):
+    tiny_model("llama-tied").save_pretrained(tmp_path / "original")
+    config.llm_int8_skip_modules = ["down_proj"]
+    model = load("llama-tied", tmp_path / "original", config)
+    inputs = tiny_inputs(model)
+    expected = output(model, inputs)
+    assert type(model.lm_head) is torch.nn.Linear
+    model.save_pretrained(tmp_path / "saved")
+    peer = peer_config(model.config.quantization_config)
+    assert torch.equal(output(load("llama-tied", tmp_path / "original", peer), inputs), expected)
+
+
+def test_rows_of_any_stride_and_no_rows_at_all():
+    torch.manual_seed(0)
+    x = torch.randn(128, 5)
+    for arguments in BACKBONES.values():
+        layer = quantize_linear(torch.nn.Linear(128, 64), PolarizeConfig(**arguments)).eval()
+        with torch.no_grad():
+            assert torch.equal(layer(x.T), layer(x.T.contiguous()))
+            assert layer(torch.empty(2, 0, 128)).shape == (2, 0, 64)
+
+
 def test_sharded_checkpoints_and_a_reload(tmp_path, config):
     tiny_model("llama-untied").save_pretrained(tmp_path / "original", max_shard_size="40KB")
     model = load("llama-untied", tmp_path / "original", config)
@@ -183,9 +205,13 @@ def test_device_map_auto_works_and_disk_is_refused(tmp_path):
     model = load("llama-untied", tmp_path, PolarizeConfig(), device_map="auto")
     assert all(isinstance(layer, BackboneLinear4bit) for _, layer in backbone_layers(model))
     output(model, tiny_inputs(model))
+    model.save_pretrained(tmp_path / "quantized")
     for device_map, limits in (({"": "disk"}, {}), ("auto", {"max_memory": {"cpu": "30KB"}})):
+        arguments = {"device_map": device_map, "offload_folder": tmp_path / "offload", **limits}
         with pytest.raises(ValueError, match="can't be quantized and offloaded to disk in one go"):
-            load("llama-untied", tmp_path, PolarizeConfig(), device_map=device_map, offload_folder=tmp_path, **limits)
+            load("llama-untied", tmp_path, PolarizeConfig(), **arguments)
+        with pytest.raises(ValueError, match="layers can't be offloaded to disk"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", **arguments)
 
 
 MEASURE = """

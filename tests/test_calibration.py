@@ -3,8 +3,12 @@
 import pytest
 import torch
 from conftest import FAMILIES, tiny_inputs, tiny_model
+from datasets import Dataset
+from transformers import AlbertConfig, AlbertModel
 
+from hf_polarize import polarize
 from hf_polarize.calibration import input_covariances, shared_inputs
+from hf_polarize.data import calibration_batches
 from hf_polarize.polarization import make_plan
 
 
@@ -57,6 +61,32 @@ def test_bounded_memory_takes_more_passes_and_gives_the_same():
     for part in parts:
         for name, h in part.items():
             torch.testing.assert_close(h, whole[name])
+
+
+def test_layers_that_are_called_more_than_once_see_all_of_their_inputs():
+    """ALBERT runs the same layers for every block."""
+    config = AlbertConfig(
+        vocab_size=96, embedding_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+        num_attention_heads=4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AlbertModel(config).eval()
+    batches = [{"input_ids": torch.randint(3, 96, (2, 16))}]
+    whole = collect(model, batches)
+    for part in input_covariances(model, batches, layers_of(model), memory_limit=4 * 64**2):
+        for name, h in part.items():
+            torch.testing.assert_close(h, whole[name])
+
+
+def test_padding_is_refused_or_left_out(tokenizer):
+    model = tiny_model("llama-tied")
+    padded = {**tiny_inputs(model), "attention_mask": torch.ones(4, 32, dtype=torch.int64)}
+    padded["attention_mask"][:, 20:] = 0
+    with pytest.raises(ValueError, match="has padding"):
+        polarize(model, [padded])
+    rows = {"input_ids": [[5, 6, 7, 0, 0]] * 40, "attention_mask": [[1, 1, 1, 0, 0]] * 40}
+    batches = calibration_batches(model, Dataset.from_dict(rows), None, 30, 120, 4, 0)
+    assert batches[0]["input_ids"].unique().tolist() == [5, 6, 7]
 
 
 def test_layers_with_one_input_share_one_covariance():

@@ -126,6 +126,8 @@ def test_activations_come_back_with_the_library(tmp_path):
     inputs = tiny_inputs(model)
     again = load(save_polarized(model, tmp_path))
     assert again.config.quantization_config.activations == "nf4"
+    changed = load(tmp_path, quantization_config=PolarizeConfig(activations="int8"))
+    assert not torch.equal(output(changed, inputs), output(model, inputs))
     assert torch.equal(output(again, inputs), output(model, inputs))
 
 
@@ -137,6 +139,14 @@ def test_surrogates_made_by_peft_alone_survive(family, tmp_path):
     inputs = tiny_inputs(model)
     again = load(save_polarized(peft_model, tmp_path / "saved"), family)
     assert torch.equal(output(again, inputs), output(peft_model, inputs))
+
+
+def test_save_pretrained_of_a_polarized_model_is_the_same(checkpoint, tmp_path):
+    make().save_pretrained(tmp_path / "other")
+    names = [path.name for path in checkpoint.iterdir() if path.name != SIDECAR]  # that one has the seconds
+    assert filecmp.cmpfiles(checkpoint, tmp_path / "other", names, shallow=False)[0] == names
+    with pytest.raises(ValueError, match=r"use hf_polarize\.push_polarized"):
+        load(checkpoint).push_to_hub("user/model")
 
 
 def test_a_stacked_adapter_is_not_written(tmp_path):
@@ -219,6 +229,11 @@ def break_factor(folder):
     edit_tensors(folder / "adapter_model.safetensors", lambda tensors: tensors[FACTOR].fill_(float("nan")))
 
 
+def break_rank(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 8}))
+
+
 def break_scale(folder):
     edit_tensors(folder / "model.safetensors", lambda tensors: tensors[SCALE][3].fill_(float("inf")))
 
@@ -227,10 +242,11 @@ def break_scale(folder):
     ("damage", "message"),
     [
         (drop_adapter, "missing its adapter"),
-        (drop_adapter_weights, "adapter"),
+        (drop_adapter_weights, "adapter_model.safetensors|adapter is missing|Could not download"),
         (drop_key, "missing keys: .*q_proj"),
         (add_key, "unexpected keys: .*z_proj"),
         (break_factor, "NaN or infinite values in .*q_proj"),
+        (break_rank, "unit scale"),
         (break_scale, "NaN or infinite values in .*up_proj"),
     ],
 )
@@ -253,12 +269,15 @@ def test_saving_refuses_before_it_writes(tmp_path):
     model = make()
     full = tmp_path / "full"
     full.mkdir()
-    (full / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "adapter_notes.txt", "model_of_mine.safetensors"):
+        (full / name).write_text("mine")
     with pytest.raises(FileExistsError, match="is not empty"):
         save_polarized(model, full)
-    assert [path.name for path in full.iterdir()] == ["notes.txt"]
+    assert len(list(full.iterdir())) == 3
+    save_polarized(model, full, max_shard_size="60KB", overwrite=True)
     save_polarized(model, full, overwrite=True)
-    assert (full / "notes.txt").read_text() == "mine" and inspect_checkpoint(full).layers
+    assert (full / "adapter_notes.txt").read_text() == "mine" and inspect_checkpoint(full).layers
+    assert {path.name for path in full.glob("model*")} == {"model.safetensors", "model_of_mine.safetensors"}
 
     with torch.no_grad():
         next(iter(factors(model).values()))[1].fill_(float("inf"))

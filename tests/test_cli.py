@@ -61,9 +61,10 @@ def test_a_run_leaves_checkpoint_metrics_report_and_plot(recipe, tmp_path, capsy
     assert "model.layers.1.mlp.down_proj" in shown and f"{info.bytes:,} bytes" in shown and "nf4" in shown
 
 
-@pytest.mark.parametrize("family", ["bert", "bert-mlm", "int8"])
+@pytest.mark.parametrize("family", ["bert", "bert-mlm", "t5", "int8"])
 def test_a_run_of_another_kind(family, recipe, tokenizer, tmp_path):
-    auto = {"bert": "AutoModel", "bert-mlm": "AutoModelForMaskedLM"}.get(family, "AutoModelForCausalLM")
+    classes = {"bert": "AutoModel", "bert-mlm": "AutoModelForMaskedLM", "t5": "AutoModelForSeq2SeqLM"}
+    auto = classes.get(family, "AutoModelForCausalLM")
     if family != "int8":
         tiny_model(family).save_pretrained(tmp_path / "model")
     backbone = "int8" if family == "int8" else "nf4"
@@ -73,6 +74,7 @@ def test_a_run_of_another_kind(family, recipe, tokenizer, tmp_path):
     if family != "int8":
         assert metrics["original"]["loss"] == pytest.approx(0, abs=1e-6)
         assert metrics["polarized"]["loss"] < metrics["backbone"]["loss"]
+        assert (metrics["polarized"]["kl"] is None) == (family == "bert") == ("1 - cosine" in metrics["protocol"])
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,16 @@
 """The surrogate as PEFT sees it: attach, disable, stack, merge."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 from conftest import FAMILIES, output, tiny_inputs, tiny_model
 from peft import LoraConfig, get_peft_model
+from peft.helpers import rescale_adapter_scale
 from peft.tuners.lora import LoraLayer
 
-from hf_polarize import PolarizeConfig, SurrogateConfig, backbone_only, merge_surrogates, polarize
+from hf_polarize import PolarizeConfig, SurrogateConfig, backbone_only, merge_surrogates, polarize, save_polarized
 from hf_polarize.backbone import backbone_layers, quantize_linear
 from hf_polarize.polarization import make_plan
 from hf_polarize.surrogate import SurrogateLayer, factors, surrogate_adapter
@@ -187,6 +190,125 @@ def test_pefts_own_merge_is_refused_with_the_reason():
     peft_model.add_adapter("task", user_lora())
     with pytest.raises(ValueError, match=r"\['task'\] are stacked on the surrogate"):
         merge_surrogates(peft_model)
+    with pytest.raises(ValueError, match="delete your own"):
+        peft_model.unload()
+    peft_model.delete_adapter("task")
+    assert torch.equal(output(peft_model, inputs), alone)
+
+
+def test_merging_adds_in_float32_and_rounds_once():
+    model = tiny_model("llama-untied", dtype=torch.bfloat16)
+    polarize(model, [tiny_inputs(model)])
+    expected = {
+        name: (model.get_submodule(name).base_layer.dequantized().double() + (b.double() @ a.double()))
+        for name, (a, b) in factors(model).items()
+    }
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    merged = merge_surrogates(model)
+    assert merged.dtype == torch.bfloat16 and torch.equal(merged.model.rotary_emb.inv_freq, frequencies)
+    for name, weight in expected.items():
+        half_step = weight.abs() * 2**-8 + 1e-6  # of bfloat16, and the sum's own float32
+        assert ((merged.get_submodule(name).weight.double() - weight).abs() <= half_step).all(), name
+
+
+def test_dequantizing_and_then_merging_is_the_same():
+    model, inputs = polarized()
+    other, _ = polarized()
+    expected = output(merge_surrogates(model), inputs)
+    assert torch.equal(output(merge_surrogates(other.dequantize()), inputs), expected)
+
+
+def test_every_row_of_a_mixed_batch_keeps_the_surrogates():
+    model, inputs = polarized()
+    alone = output(model, inputs)
+    stacked = get_peft_model(model, user_lora())
+    both = output(stacked, inputs)
+    stacked.eval()
+    names = ["__base__", "default", "__base__", "default"]
+    with torch.no_grad():
+        mixed = stacked(**inputs, adapter_names=names).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[row] if name == "__base__" else both[row], rtol=1e-4, atol=1e-4)
+
+
+def test_rescaling_the_users_adapter_leaves_the_surrogates_at_unit_scale():
+    model, inputs = polarized()
+    alone = output(model, inputs)
+    stacked = get_peft_model(model, user_lora())
+    both = output(stacked, inputs)
+    with rescale_adapter_scale(stacked, 0.0):
+        assert torch.equal(output(stacked, inputs), alone)
+    assert torch.equal(output(stacked, inputs), both)
+
+
+def test_a_lora_beside_no_surrogate_freezes_them_too():
+    model, _ = polarized()
+    stacked = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"]))
+    trainable = [name for name, parameter in stacked.named_parameters() if parameter.requires_grad]
+    assert trainable and all("lm_head" in name for name in trainable)
+
+
+def test_a_model_can_be_copied_and_pickled(tmp_path):
+    model, inputs = polarized()
+    expected = output(model, inputs)
+    assert torch.equal(output(copy.deepcopy(model), inputs), expected)
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(output(torch.load(tmp_path / "model.pt", weights_only=False), inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"target_modules": ["q_proj", "down_proj"]}, {"q_proj", "down_proj"}),
+        ({"target_modules": r".*layers\.1.*(up|gate)_proj"}, {"up_proj", "gate_proj"}),
+        ({"exclude_modules": ["o_proj", "v_proj"]}, {"q_proj", "k_proj", "up_proj", "gate_proj", "down_proj"}),
+    ],
+)
+def test_only_the_chosen_layers_get_a_surrogate(arguments, expected, tmp_path):
+    model = tiny_model("llama-untied")
+    inputs = tiny_inputs(model)
+    polarize(model, [inputs], surrogate=SurrogateConfig(r=4, **arguments))
+    names = set(factors(model))
+    assert {name.rpartition(".")[2] for name in names} == expected
+    assert len(list(backbone_layers(model))) == 14  # all are quantized
+    again = transformers.AutoModelForCausalLM.from_pretrained(save_polarized(model, tmp_path))
+    assert set(factors(again)) == names and torch.equal(output(again, inputs), output(model, inputs))
+    with pytest.raises(ValueError, match="matches none of the 14 layers"):
+        polarize(tiny_model("llama-untied"), [inputs], surrogate=SurrogateConfig(target_modules=["z_proj"]))
+
+
+def test_a_model_that_bitsandbytes_quantized_is_refused(tmp_path):
+    tiny_model("llama-untied").save_pretrained(tmp_path)
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    with pytest.raises(ValueError, match="was quantized by bitsandbytes alone"):
+        get_peft_model(model, SurrogateConfig())
+
+
+def test_another_original_is_refused():
+    model, inputs = backbone()
+    for other, message in (
+        (tiny_model("gpt2"), "the original is a GPT2LMHeadModel, the model a LlamaForCausalLM"),
+        (backbone()[0], "quantized already"),
+        (tiny_model("llama-tied"), "that is another model"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            polarize(model, [inputs], original=other)
+
+
+def test_a_model_that_peft_refuses_is_left_as_it_was(monkeypatch):
+    model = tiny_model("llama-untied")
+    inputs = tiny_inputs(model)
+    before = output(model, inputs)
+
+    def refuse(*args):
+        raise ValueError("not with this model")
+
+    monkeypatch.setattr(model, "add_adapter", refuse)
+    with pytest.raises(ValueError, match="not with this model"):
+        polarize(model, [inputs])
+    assert not list(backbone_layers(model)) and not getattr(model, "is_quantized", False)
+    assert torch.equal(output(model, inputs), before)
 
 
 def test_a_rank_that_does_not_fit_is_refused_before_any_work():
