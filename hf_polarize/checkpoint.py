@@ -250,8 +250,7 @@ def save_polarized(
         for old in OWN_FILES:
             for path in folder.glob(old):
                 path.unlink()
-        for path in Path(written).iterdir():
-            shutil.move(path, folder / path.name)
+        shutil.copytree(written, folder, dirs_exist_ok=True, copy_function=shutil.move)
     return folder
 
 

@@ -101,7 +101,10 @@ def read_texts(data: Any, text_column: str | None = None, max_characters: int | 
     elif isinstance(data, Sequence) and all(isinstance(item, str) for item in data):
         texts = list(data)
     elif isinstance(data, Iterable):
-        first = next(iter(data), None)
+        iterator = iter(data)
+        first = next(iterator, None)
+        if iterator is data:  # it gives its rows once
+            data = itertools.chain([first], iterator)
         if not isinstance(first, dict):
             raise ValueError(f"can't read text from a {type(data).__name__} of {type(first).__name__}")
         strings = [key for key, value in first.items() if isinstance(value, str)]
