@@ -139,7 +139,8 @@ def _provenance(provenance: dict[str, Any]) -> str:
     )
     source = calibration.get("source")
     text = "text that the original model wrote itself" if source == "self" else f"`{source}`"
+    weights = f"The original's weights are those of {provenance['weights']}. " if "weights" in provenance else ""
     return (
-        f"Calibrated on {amount} of {text} (seed {calibration.get('seed')}); {provenance.get('method')}; "
+        f"{weights}Calibrated on {amount} of {text} (seed {calibration.get('seed')}); {provenance.get('method')}; "
         f"{provenance.get('seconds')} seconds."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,6 +150,7 @@ def inspect_checkpoint(directory: str | Path) -> CheckpointInfo:
     if index.is_file() and (absent := sorted(set(_read_json(index)["weight_map"]) - set(sizes))):
         raise ValueError(f"shards are missing: no {few(absent)}")
 
+    broken += [f"{name}.offset" for name, blob in blobs.items() if not math.isfinite(blob.get("nested_offset", 0.0))]
     matrices: dict[str, tuple[int, int]] = {name: tuple(blob["shape"]) for name, blob in blobs.items()}
     for key in sizes:
         if key.endswith(".SCB"):

@@ -105,7 +105,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     folder = prepare_folder(recipe.output_dir, recipe.overwrite)
     calibration, evaluation = load_data(recipe.calibration), load_data(recipe.evaluation)
     model, processor = load_model(recipe)
-    base_model = recipe.source()[2]
+    _, gguf_file, base_model = recipe.source()
     config, surrogate = recipe.polarize_config(), recipe.surrogate_config()
     make_plan(model, config, surrogate)
     if calibration != SELF:
@@ -123,6 +123,8 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     )  # fmt: skip
     provenance = model.polarization["provenance"]
     provenance["base_model"] = public_name(base_model)
+    if gguf_file:
+        provenance["weights"] = f"{gguf_file}, dequantized to {recipe.dtype}"
     provenance["calibration"]["source"] = recipe.calibration.rpartition("/")[2]
     save_polarized(model, folder, processor, overwrite=True)
     info = inspect_checkpoint(folder)

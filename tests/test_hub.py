@@ -143,6 +143,15 @@ def test_the_card_of_a_model_without_record(tmp_path):
     assert 'AutoModel.from_pretrained("user/tiny")' in text and "None" not in text
 
 
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parent.parent.glob("model_cards/*.md")), ids=lambda path: path.stem
+)
+def test_the_cards_of_the_project_are_valid(path):
+    card = ModelCard(path.read_text())
+    assert card.data.base_model.count("/") == 1 and card.data.base_model_relation == "quantized"
+    assert card.data.eval_results and "| polarized |" in card.text
+
+
 def test_a_broken_checkpoint_or_name_is_refused_before_anything_is_sent(hub, folder, tmp_path):
     from hf_polarize.hub import push_folder
 
