@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 import time
@@ -173,7 +172,7 @@ def make_plan(
         source = model
         forget_gguf(model)
         check_unquantized(model)
-        quantizer = PolarizeHfQuantizer(copy.deepcopy(config) or PolarizeConfig(), pre_quantized=False)
+        quantizer = PolarizeHfQuantizer(config or PolarizeConfig(), pre_quantized=False)
         quantizer.update_dtype(model.dtype)
         layers = quantizer.modules_to_convert(model)
     return Plan(source, layers, backbone, quantizer, chosen, surrogate_ranks(layers, chosen))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import sys
 from typing import Any
@@ -70,6 +71,8 @@ class BackboneHfQuantizer(HfQuantizer):
     quantization_config: PolarizeConfig
 
     def __init__(self, quantization_config: PolarizeConfig, **kwargs: Any) -> None:
+        # a copy: the names of the layers left alone and the dtype of this model are written into it
+        quantization_config = copy.deepcopy(quantization_config)
         super().__init__(quantization_config, **kwargs)
         bnb_quantizer = Bnb4BitHfQuantizer if quantization_config.backbone == "nf4" else Bnb8BitHfQuantizer
         self.bnb = bnb_quantizer(quantization_config, pre_quantized=self.pre_quantized)

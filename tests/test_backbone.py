@@ -165,6 +165,14 @@ def test_modules_to_not_convert_are_left_alone(tmp_path):
         load("llama-untied", tmp_path, PolarizeConfig(modules_to_not_convert=["model", "lm_head"]))
 
 
+def test_one_configuration_serves_many_models(tmp_path, config):
+    before = config.to_dict()
+    for family in ("llama-tied", "bert", "llama-untied"):
+        tiny_model(family, dtype=torch.bfloat16).save_pretrained(tmp_path / family)
+        load(family, tmp_path / family, config)
+    assert config.to_dict() == before
+
+
 def test_tied_layers_stay_whatever_is_named(tmp_path, config):
     tiny_model("llama-tied").save_pretrained(tmp_path / "original")
     config.llm_int8_skip_modules = ["down_proj"]
