@@ -14,7 +14,7 @@ import copy
 import dataclasses
 import importlib.metadata
 import json
-import shutil
+import os
 import tempfile
 import types
 from collections.abc import Mapping
@@ -82,8 +82,9 @@ class PolarizeHfQuantizer(BackboneHfQuantizer):
 
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
         super().remove_quantization_config(model)
-        model.__dict__.pop("save_pretrained", None)
-        model.__dict__.pop("push_to_hub", None)
+        if not _is_polarized_alone(model):  # else they say what is left to do
+            for name in ("save_pretrained", "push_to_hub"):
+                model.__dict__.pop(name, None)
 
 
 def _is_polarized_alone(model: PreTrainedModel) -> bool:
@@ -147,7 +148,7 @@ def _load_surrogates(
             raise ValueError(f"the adapter of {peft_model_id} has {what} keys: {few(keys)}")
     check_finite(model)
     sidecar = cached_file(peft_model_id, SIDECAR, _raise_exceptions_for_missing_entries=False, **download)
-    model.polarization = json.loads(Path(sidecar).read_text(encoding="utf-8")) if sidecar else {}
+    model.polarization = read_json(Path(sidecar)) if sidecar else {}
     return info
 
 
@@ -184,7 +185,10 @@ def prepare_folder(directory: str | Path, overwrite: bool) -> Path:
     if folder.is_file():
         raise NotADirectoryError(f'"{folder}" is a file; give a folder')
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(f'the folder "{folder}" is not empty; choose another, or allow it with overwrite=True')
+        raise FileExistsError(
+            f'the folder "{folder}" is not empty; choose another, or allow it with overwrite=True (in a recipe, '
+            "overwrite=true)"
+        )
     return folder
 
 
@@ -236,7 +240,8 @@ def save_polarized(
     surrogate_adapter(model)
     if not isinstance(getattr(core, "hf_quantizer", None), BackboneHfQuantizer):
         raise ValueError(
-            "this model's backbone was not made by hf_polarize; load it with quantization_config=PolarizeConfig(...)"
+            "this model's backbone was dequantized, and its surrogates are still beside it; call "
+            "merge_surrogates(model) and save the plain model that it gives"
         )
     check_finite(model)
 
@@ -250,8 +255,20 @@ def save_polarized(
         for old in OWN_FILES:
             for path in folder.glob(old):
                 path.unlink()
-        shutil.copytree(written, folder, dirs_exist_ok=True, copy_function=shutil.move)
+        for path in sorted(Path(written).rglob("*")):
+            target = folder / path.relative_to(written)
+            if path.is_dir():
+                target.mkdir(exist_ok=True)
+            else:
+                path.chmod(0o666 & ~_umask())  # safetensors' files are for their owner alone
+                path.replace(target)
     return folder
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _write_base(core: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
@@ -312,6 +329,13 @@ def sidecar(model: nn.Module) -> dict[str, Any]:
         **{key: value for key, value in record.items() if key in ("provenance", "results")},
         "layers": {name: {**layers.get(name, {}), "rank": len(a)} for name, (a, _) in factors(model).items()},
     }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path.name} is not valid JSON ({error}); the checkpoint is broken") from None
 
 
 def write_json(path: Path, content: Any) -> None:

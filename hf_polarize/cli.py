@@ -67,13 +67,23 @@ def _console() -> Console:
 
 def _run(options: argparse.Namespace) -> int:
 
+    from .checkpoint import SIDECAR
     from .pipeline import run_recipe
     from .recipe import load_recipe
-    from .report import results_rows
+    from .report import results_rows, verdict
 
     recipe = load_recipe(options.recipe, options.overrides)
     command = shlex.join(["hf-polarize", "run", options.recipe, *options.overrides])
-    metrics = run_recipe(recipe, command)
+    try:
+        metrics = run_recipe(recipe, command)
+    except KeyboardInterrupt:
+        if (Path(recipe.output_dir) / SIDECAR).is_file():
+            print(
+                f"the checkpoint in {recipe.output_dir} is whole, its measurements are missing; "
+                "overwrite=true runs the recipe again",
+                file=sys.stderr,
+            )
+        raise
     console = _console()
     header, rows = results_rows(metrics)
     names, *measured = zip(header, *rows, strict=True)  # a model per column: it fits a narrow terminal
@@ -83,6 +93,7 @@ def _run(options: argparse.Namespace) -> int:
     for row in measured:
         table.add_row(*row)
     console.print(table)
+    console.print(verdict(metrics))
     console.print(escape(f"checkpoint, metrics.json and report.md are in {Path(recipe.output_dir)}/"))
     return 0
 

@@ -218,12 +218,16 @@ def self_windows(
     try:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
-            with logging.tqdm(total=count, desc="writing calibration text", unit="window") as bar:
+            with logging.tqdm(total=count * (window - 1), desc="writing calibration text", unit="token") as bar:
+
+                def show(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+                    bar.update(len(ids))
+                    return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # never a reason to stop
+
                 for start in range(0, count, batch_size):
-                    n = min(batch_size, count - start)
-                    prompt = torch.full((n, 1), first, device=model.device)
-                    parts.append(model.generate(prompt, attention_mask=torch.ones_like(prompt)).cpu())
-                    bar.update(n)
+                    prompt = torch.full((min(batch_size, count - start), 1), first, device=model.device)
+                    mask = torch.ones_like(prompt)
+                    parts.append(model.generate(prompt, attention_mask=mask, stopping_criteria=[show]).cpu())
     finally:
         model.generation_config = own
     return torch.cat(parts)

@@ -91,7 +91,10 @@ def reference_states(model: nn.Module, windows: torch.Tensor) -> Reference:
     head = logit_head(core)
     _check_head(core, head, windows[:1])
     return Reference(
-        [final_hidden(core, ids[None]) for ids in logging.tqdm(windows, desc="evaluating original", unit="window")],
+        [
+            final_hidden(core, ids[None])
+            for ids in logging.tqdm(windows, desc="hidden states of the original", unit="window")
+        ],
         head,
     )
 
@@ -202,7 +205,9 @@ def output_distance(original: Outputs, outputs: Outputs) -> Quality:
                 log_p, log_q = original.log_probabilities(p[part]), outputs.log_probabilities(q[part])
                 total += float((log_p.exp() * (log_p - log_q)).sum())
             else:
-                total += float((1 - F.cosine_similarity(q[part].double(), p[part].double(), dim=-1)).sum())
+                total += float(
+                    (1 - F.cosine_similarity(q[part].double(), p[part].double(), dim=-1)).clamp(min=0).sum()
+                )
         losses.append(total / len(p))
     loss = sum(losses) / len(losses)
     return Quality(loss, None, loss if original.logits else None, losses)
@@ -239,6 +244,12 @@ class GapRecovered(evaluate.Metric):
         polarized, original, quantized = (sum(x) / len(x) for x in (predictions, references, backbone))
         gap = quantized - original
         return {"gap_recovered": (quantized - polarized) / gap if gap != 0 else None}
+
+
+def gap_standard_error(original: Quality, backbone: Quality) -> float:
+    """Return the paired standard error, over windows, of what quantization cost."""
+    gaps = torch.tensor(backbone.window_losses) - torch.tensor(original.window_losses)
+    return float(gaps.std() / len(gaps) ** 0.5) if len(gaps) > 1 else math.inf
 
 
 def gap_recovered(original: Quality, backbone: Quality, polarized: Quality) -> float | None:

@@ -13,7 +13,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
-from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, SIDECAR, WEIGHTS, few
+from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, SIDECAR, WEIGHTS, few, read_json
 
 CONFIG = "config.json"
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -78,13 +78,6 @@ class CheckpointInfo:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path.name} is not valid JSON ({error}); the checkpoint is broken") from None
-
-
 def _read_tensors(path: Path, want: Any) -> tuple[dict[str, tuple[int, ...]], dict[str, int], dict[str, torch.Tensor]]:
     """Return shapes and bytes of all tensors of a file, and the tensors whose name `want` accepts."""
     shapes, sizes, values = {}, {}, {}
@@ -123,11 +116,11 @@ def inspect_checkpoint(directory: str | Path) -> CheckpointInfo:
     files = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
     if not (folder / CONFIG).is_file() or not files:
         raise FileNotFoundError(f'no model in "{folder}": a checkpoint has {CONFIG} and model.safetensors')
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f'the checkpoint in "{folder}" is missing its adapter: no {name}')
-    sidecar = _read_json(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
+    sidecar = read_json(folder / SIDECAR) if (folder / SIDECAR).is_file() else {}
 
     def is_scale(key: str) -> bool:
         return key.endswith(("absmax", "SCB", NF4_STATE))
@@ -147,7 +140,7 @@ def inspect_checkpoint(directory: str | Path) -> CheckpointInfo:
             if key.endswith(NF4_STATE)
         }
     index = folder / "model.safetensors.index.json"
-    if index.is_file() and (absent := sorted(set(_read_json(index)["weight_map"]) - set(sizes))):
+    if index.is_file() and (absent := sorted(set(read_json(index)["weight_map"]) - set(sizes))):
         raise ValueError(f"shards are missing: no {few(absent)}")
 
     broken += [f"{name}.offset" for name, blob in blobs.items() if not math.isfinite(blob.get("nested_offset", 0.0))]
@@ -160,7 +153,7 @@ def inspect_checkpoint(directory: str | Path) -> CheckpointInfo:
         raise ValueError(f'the model in "{folder}" has no bitsandbytes layer: it is not a polarized checkpoint')
 
     a_b, adapter_sizes = _check_adapter(folder / ADAPTER_WEIGHTS, matrices, sidecar, broken)
-    _check_ranks(_read_json(folder / ADAPTER_CONFIG), a_b)
+    _check_ranks(read_json(folder / ADAPTER_CONFIG), a_b)
     if broken:
         raise ValueError(f"NaN or infinite values in {few(sorted(broken))}: the checkpoint is broken")
 

@@ -17,6 +17,7 @@ from .evaluation import (
     Quality,
     evaluate_causal_lm,
     gap_recovered,
+    gap_standard_error,
     model_outputs,
     output_distance,
     reference_states,
@@ -43,10 +44,10 @@ class Evaluator:
         self.causal = is_causal_lm(original)
         window, count = recipe.evaluation_window, recipe.evaluation_windows
         name = recipe.evaluation.removeprefix("hub:").rpartition("/")[2]
-        started = time.monotonic()
         if self.causal:
             self.windows = token_windows(read_texts(data, recipe.evaluation_column), processor, window, count)
             self.reference = reference_states(original, self.windows)
+            started = time.monotonic()
             self.original = evaluate_causal_lm(original, self.windows, self.reference, desc="evaluating original")
             self.protocol = (
                 f"Token perplexity on `{name}`: {len(self.windows)} windows of {window} tokens that don't overlap, "
@@ -57,6 +58,7 @@ class Evaluator:
             self.batches = calibration_batches(
                 original, data, processor, window, tokens, recipe.batch_size, 0, recipe.evaluation_column
             )
+            started = time.monotonic()
             self.outputs = model_outputs(original, self.batches, desc="evaluating original")
             self.original = output_distance(self.outputs, self.outputs)
             measure = "KL(original || model) of the logits, in nats" if self.outputs.logits else "1 - cosine"
@@ -139,6 +141,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         ),
         "polarized": _variant(polarized, info.bits_per_weight, info.bytes, polarized_seconds),
         "gap_recovered": gap_recovered(evaluator.original, backbone, polarized),
+        "gap_standard_error": gap_standard_error(evaluator.original, backbone),
         "bits_per_weight": info.bits_per_weight,
         "bytes": info.bytes,
         "protocol": evaluator.protocol,

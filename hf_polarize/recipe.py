@@ -129,8 +129,11 @@ class Recipe:
 
         Raises:
             ModuleNotFoundError: If the package of a demo model is not installed.
+        FileNotFoundError: If the model is a path and there is no such folder.
         """
         if self.model not in DEMO_MODELS:
+            if self.model.startswith(("/", ".", "~")) and not Path(self.model).is_dir():
+                raise FileNotFoundError(f'no model: there is no folder "{self.model}"')
             return self.model, self.gguf_file, self.base_model or self.model
         package, folder, gguf_file, base_model = DEMO_MODELS[self.model]
         spec = importlib.util.find_spec(package)

@@ -39,12 +39,27 @@ def results_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             ]
         )
     header = ["", "loss", "perplexity", "KL to original", "gap recovered", "bits per weight", "bytes", "seconds"]
-    return header, rows
+    used = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return [header[i] for i in used], [[row[i] for i in used] for row in rows]
 
 
 def results_table(metrics: dict[str, Any]) -> str:
     """Return the Markdown table of a run; its seconds are those of the evaluation."""
     return markdown_table(*results_rows(metrics))
+
+
+def verdict(metrics: dict[str, Any]) -> str:
+    """Return the result of a run in a sentence."""
+    gap = metrics["backbone"]["loss"] - metrics["original"]["loss"]
+    recovered = metrics["gap_recovered"]
+    if recovered is None or gap < 2 * metrics["gap_standard_error"]:
+        return (
+            f"On this held-out data quantization cost {gap:.4f} (standard error {metrics['gap_standard_error']:.4f}), "
+            "too little to tell a share of it that the surrogates recover; compare the KL, or take more windows."
+        )
+    if recovered < 0:
+        return "On this held-out data the surrogates make the loss greater: calibrate on more text, or on other text."
+    return f"On held-out data, the surrogates recover {100 * recovered:.1f} % of the loss that quantization cost."
 
 
 def size_table(info: CheckpointInfo) -> str:
@@ -100,15 +115,9 @@ def plot_layer_errors(layers: dict[str, dict[str, Any]], path: Path) -> None:
 
 def markdown_report(title: str, metrics: dict[str, Any], info: CheckpointInfo, command: str, plot: str) -> str:
     """Return the report of a run as Markdown."""
-    recovered = metrics["gap_recovered"]
-    verdict = (
-        "quantization cost nothing measurable on this data"
-        if recovered is None
-        else f"the surrogates recover {100 * recovered:.1f} % of the loss that quantization cost"
-    )
     return f"""# {title}
 
-On held-out data, {verdict}.
+{verdict(metrics)}
 
 {results_table(metrics)}
 

@@ -305,6 +305,8 @@ def merge_surrogates(model: nn.Module) -> PreTrainedModel:
         core.set_submodule(name, plain_layer(layer, dtype))
     if getattr(core, "hf_quantizer", None) is not None:  # not after model.dequantize()
         core.hf_quantizer.remove_quantization_config(core)
+    for name in ("save_pretrained", "push_to_hub"):  # those of a polarized model
+        core.__dict__.pop(name, None)
     core._hf_peft_config_loaded = False
     if hasattr(core, "peft_config"):
         del core.peft_config

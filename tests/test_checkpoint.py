@@ -229,6 +229,10 @@ def break_factor(folder):
     edit_tensors(folder / "adapter_model.safetensors", lambda tensors: tensors[FACTOR].fill_(float("nan")))
 
 
+def break_json(folder):
+    (folder / SIDECAR).write_text('{"a": ')
+
+
 def break_rank(folder):
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 8}))
@@ -246,6 +250,7 @@ def break_scale(folder):
         (drop_key, "missing keys: .*q_proj"),
         (add_key, "unexpected keys: .*z_proj"),
         (break_factor, "NaN or infinite values in .*q_proj"),
+        (break_json, "polarize_config.json is not valid JSON"),
         (break_rank, "unit scale"),
         (break_scale, "NaN or infinite values in .*up_proj"),
     ],
@@ -288,8 +293,12 @@ def test_saving_refuses_before_it_writes(tmp_path):
     assert not (tmp_path / "broken").exists()
 
 
-def test_what_is_no_checkpoint_is_named(tmp_path):
+def test_what_is_no_checkpoint_is_named(checkpoint, tmp_path):
+    (checkpoint / "adapter_config.json").write_text("{")  # transformers itself reads this one first
+    with pytest.raises(ValueError, match="adapter_config.json is not valid JSON"):
+        inspect_checkpoint(checkpoint)
     with pytest.raises(FileNotFoundError, match="no folder"):
         inspect_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="no model in"):
-        inspect_checkpoint(tmp_path)
+        inspect_checkpoint(tmp_path / "empty")

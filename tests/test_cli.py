@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_polarize.cli import main
 from hf_polarize.inspection import inspect_checkpoint
+from hf_polarize.report import verdict
 
 ROOT = Path(__file__).parent.parent
 READER = Path(__file__).with_name("vanilla_reader.py")
@@ -48,6 +49,8 @@ def test_a_run_leaves_checkpoint_metrics_report_and_plot(recipe, tmp_path, capsy
     assert metrics["bytes"] == info.bytes and metrics["bits_per_weight"] == info.bits_per_weight
     assert metrics["backbone"]["bits_per_weight"] == pytest.approx(info.bits("code") + info.bits("scale"))
     assert metrics["seconds"] > 0
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
+    assert out.stat().st_mode == recipe.parent.joinpath("model").stat().st_mode
     report = (out / "report.md").read_text()
     for label in ("original", "backbone alone", "polarized", "layer_errors.png", f"hf-polarize run {recipe}"):
         assert label in report
@@ -81,7 +84,7 @@ def test_a_run_of_another_kind(family, recipe, tokenizer, tmp_path):
     ("overrides", "message"),
     [
         (["backbon=int8"], "unknown recipe key 'backbon'; the nearest known one is 'backbone'"),
-        (["model=./nowhere"], "nowhere"),
+        (["model=./nowhere"], 'no model: there is no folder "./nowhere"'),
         (["r=65"], "rank must be in 1..min(in, out) = 1..64"),
         (["evaluation=missing.txt"], 'no text file "missing.txt"'),
         (["evaluation_window=100000"], "fewer than one window of 100000"),
@@ -95,6 +98,19 @@ def test_what_is_wrong_ends_in_a_sentence_and_nothing_is_written(recipe, tmp_pat
     assert f"hf-polarize: error: {message}" in error or message in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_the_verdict_claims_no_more_than_was_measured():
+    def of(original, backbone, polarized, error):
+        losses = {"original": original, "backbone": backbone, "polarized": polarized}
+        recovered = (backbone - polarized) / (backbone - original)
+        return verdict(
+            {**{k: {"loss": v} for k, v in losses.items()}, "gap_recovered": recovered, "gap_standard_error": error}
+        )
+
+    assert "recover 60.0 %" in of(3.0, 3.5, 3.2, 0.01)
+    assert "too little to tell" in of(3.0, 3.01, 3.03, 0.01)
+    assert "make the loss greater" in of(3.0, 3.5, 3.6, 0.01)
 
 
 def test_an_output_folder_that_is_not_empty_is_refused_unless_told(recipe, tmp_path, capsys):
@@ -114,7 +130,8 @@ def test_an_interruption_keeps_the_checkpoint(recipe, tmp_path, capsys, monkeypa
 
     monkeypatch.setattr("hf_polarize.pipeline.Evaluator.measure", interrupted)
     assert main(["run", str(recipe)]) == 130
-    assert "interrupted" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "interrupted" in error and "is whole, its measurements are missing" in error
     assert inspect_checkpoint(tmp_path / "out").layers
 
 

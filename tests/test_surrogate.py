@@ -211,11 +211,17 @@ def test_merging_adds_in_float32_and_rounds_once():
         assert ((merged.get_submodule(name).weight.double() - weight).abs() <= half_step).all(), name
 
 
-def test_dequantizing_and_then_merging_is_the_same():
+def test_dequantizing_and_then_merging_is_the_same(tmp_path):
     model, inputs = polarized()
     other, _ = polarized()
     expected = output(merge_surrogates(model), inputs)
-    assert torch.equal(output(merge_surrogates(other.dequantize()), inputs), expected)
+    other.dequantize()
+    with pytest.raises(ValueError, match="merge_surrogates"):
+        other.save_pretrained(tmp_path)
+    merged = merge_surrogates(other)
+    merged.save_pretrained(tmp_path)
+    assert torch.equal(output(merged, inputs), expected)
+    assert torch.equal(output(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), inputs), expected)
 
 
 def test_every_row_of_a_mixed_batch_keeps_the_surrogates():
