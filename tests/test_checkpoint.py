@@ -295,7 +295,7 @@ def test_saving_refuses_before_it_writes(tmp_path):
 
 def test_what_is_no_checkpoint_is_named(checkpoint, tmp_path):
     (checkpoint / "adapter_config.json").write_text("{")  # transformers itself reads this one first
-    with pytest.raises(ValueError, match="adapter_config.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"adapter_config\.json is not valid JSON"):
         inspect_checkpoint(checkpoint)
     with pytest.raises(FileNotFoundError, match="no folder"):
         inspect_checkpoint(tmp_path / "nowhere")
