@@ -14,11 +14,8 @@ from accelerate.hooks import add_hook_to_module
 from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, get_4bit_type
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as hf_logging
 
 from .configuration import PolarizeConfig
-
-logger = hf_logging.get_logger(__name__)
 
 NF4_BLOCK = 64
 """Weights per NF4 scale, as in every bitsandbytes checkpoint on the Hub."""

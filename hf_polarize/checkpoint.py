@@ -30,14 +30,12 @@ from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
 from transformers.quantizers.auto import register_quantizer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
 from .backbone import backbone_layers
 from .configuration import PolarizeConfig, SurrogateConfig
 from .quantizer import BackboneHfQuantizer
 from .surrogate import SURROGATE, core_model, factor_dtype, factors, surrogate_adapter, surrogates, target_modules
-
-logger = logging.get_logger(__name__)
 
 SIDECAR = "polarize_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -307,6 +305,7 @@ def plain_adapter_config(config: LoraConfig, targets: list[str]) -> dict[str, An
         revision=None,
         auto_mapping=None,
         exclude_modules=None,
+        target_parameters=None,
         init_lora_weights=True,
         target_modules=targets,
     )

@@ -250,7 +250,8 @@ class SurrogateConfig(LoraConfig):
             "trainable_token_indices": None,
             "init_lora_weights": True,  # start chooses it
         }.items():
-            if getattr(self, name) != plain:
+            value = getattr(self, name)
+            if value != plain and not (plain is None and not value):  # PEFT writes [] for a mixture of experts
                 raise ValueError(f"{name} must be {plain!r} for a surrogate; got {getattr(self, name)!r}")
         self.init_lora_weights = start == "zero"
         super().__post_init__()

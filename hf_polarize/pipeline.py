@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from .checkpoint import SIDECAR, prepare_folder, save_polarized, sidecar, write_json
 from .data import SELF, calibration_batches, is_causal_lm, is_text_model, read_texts, token_windows, tokens_per_sample
@@ -28,8 +27,6 @@ from .polarization import forget_gguf, make_plan, polarize, public_name
 from .recipe import Recipe, load_data
 from .report import markdown_report, plot_layer_errors
 from .surrogate import backbone_only
-
-logger = logging.get_logger(__name__)
 
 
 class Evaluator:

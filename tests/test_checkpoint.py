@@ -92,6 +92,23 @@ def test_with_the_library_the_logits_and_a_second_save_are_the_same(variants, na
     assert not different and not errors
 
 
+def test_a_mixture_of_experts_comes_back(tmp_path):
+    """Its experts are no linear layers; PEFT converts the configuration of its adapters."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    inputs = tiny_inputs(model)
+    polarize(model, [inputs])
+    again = load(save_polarized(model, tmp_path / "one"))
+    assert torch.equal(output(again, inputs), output(model, inputs))
+    save_polarized(again, tmp_path / "two")
+    names = [path.name for path in (tmp_path / "one").iterdir()]
+    assert filecmp.cmpfiles(tmp_path / "one", tmp_path / "two", names, shallow=False)[0] == names
+
+
 def test_the_layout_is_the_one_that_other_readers_know(checkpoint):
     names = {path.name for path in checkpoint.iterdir()}
     assert names == {
