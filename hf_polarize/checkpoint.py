@@ -109,7 +109,11 @@ def _save_pretrained(
         return
     type(model).save_pretrained(model, save_directory, is_main_process=is_main_process, **kwargs)
     if getattr(model, "_hf_peft_config_loaded", False) and is_main_process and in_training:
-        trained = {name: p.detach().cpu() for name, p in model.named_parameters() if ".lora_" in name}
+        trained = {
+            name: parameter.detach().cpu().clone()
+            for name, parameter in model.named_parameters()
+            if ".lora_" in name or parameter.requires_grad
+        }
         save_file(trained, Path(save_directory) / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -10,22 +10,32 @@ DAMPING = 0.01
 """Share of the mean diagonal that is added to an input covariance, against noise of the sample."""
 
 
+OUTPUT_DAMPING = 0.1
+"""The same for an output covariance, which comes from fewer samples."""
+
+
 @dataclass
 class Compensation:
     """
     A surrogate and what it does to the output error of its layer.
 
     Attributes:
-        a (`torch.Tensor` of shape `(r, in_features)`): float32.
+        a (`torch.Tensor` of shape `(r, in_features)`): float32. Paths are in descending order of what they take back,
+            so that the first k rows of `a` and columns of `b` are the solution of rank k.
         b (`torch.Tensor` of shape `(out_features, r)`): float32.
         error_before (`float`): relative output error of the backbone, sqrt(tr(E H E^T) / tr(W H W^T)).
         error_after (`float`): the same with E - B A in the place of E.
+        loss_before (`float`, *optional*): predicted loss of the backbone, 1/2 tr(G E H E^T), nats per prediction;
+            `None` without G.
+        gains (`list[float]`, *optional*): by how much each path lowers it.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     error_before: float
     error_after: float
+    loss_before: float | None = None
+    gains: list[float] | None = None
 
 
 def damped(covariance: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
@@ -36,7 +46,14 @@ def damped(covariance: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     return h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (damping * mean if mean > 0 else 1.0)
 
 
-def compensate(weight: torch.Tensor, error: torch.Tensor, covariance: torch.Tensor, rank: int) -> Compensation:
+def compensate(
+    weight: torch.Tensor,
+    error: torch.Tensor,
+    covariance: torch.Tensor,
+    rank: int,
+    output_covariance: torch.Tensor | None = None,
+    two_sided: bool = False,
+) -> Compensation:
     """
     Find the rank-r path that takes back most of a layer's output error.
 
@@ -50,6 +67,9 @@ def compensate(weight: torch.Tensor, error: torch.Tensor, covariance: torch.Tens
     input is the narrower side they come from the leading eigenvectors V of L^T E^T E L (in x in), H = L L^T, as E L V.
     So one symmetric eigenproblem of the narrower side suffices and no inverse of H is formed. All in float64.
 
+    Two-sided, it minimises tr(G (E - B A) H (E - B A)^T), twice the loss that a second-order expansion predicts: the
+    same with C^T E in the place of E, G = C C^T, and C^(-T) times the result.
+
     The factors share the singular values evenly, B = U_r S^(1/2) and A = S^(-1/2) U_r^T E, and each column of B has
     its largest entry positive: the same input gives the same factors.
 
@@ -58,6 +78,8 @@ def compensate(weight: torch.Tensor, error: torch.Tensor, covariance: torch.Tens
         error (`torch.Tensor` of shape `(out, in)`): E = W - Q.
         covariance (`torch.Tensor` of shape `(in, in)`): H = E[x x^T], already [`damped`].
         rank (`int`): r, in 1..min(out, in).
+        output_covariance (`torch.Tensor` of shape `(out, out)`, *optional*): G, already [`damped`], to predict losses.
+        two_sided (`bool`, defaults to `False`): minimise with G.
 
     Returns:
         [`Compensation`], factors in float32.
@@ -69,30 +91,74 @@ def compensate(weight: torch.Tensor, error: torch.Tensor, covariance: torch.Tens
     if not 1 <= rank <= min(out_features, in_features):
         raise ValueError(f"rank must be in 1..min(in, out) = 1..{min(out_features, in_features)}; got {rank}")
     e, w, h = error.to(torch.float64), weight.to(torch.float64), covariance.to(torch.float64)
-    for name, tensor in {"weight": w, "error": e, "covariance": h}.items():
-        if not torch.isfinite(tensor).all():
+    g = None if output_covariance is None else output_covariance.to(torch.float64)
+    for name, tensor in {"weight": w, "error": e, "covariance": h, "output covariance": g}.items():
+        if tensor is not None and not torch.isfinite(tensor).all():
             raise ValueError(f"the {name} of a layer holds NaN or infinite values; the surrogate can't be solved")
 
-    if out_features <= in_features:
-        gram = e @ h @ e.T
-        _, vectors = torch.linalg.eigh(gram)
-        u = vectors[:, -rank:].flip(1)
-    else:
-        el = e @ torch.linalg.cholesky(h)
-        _, vectors = torch.linalg.eigh(el.T @ el)
-        u, _ = torch.linalg.qr(el @ vectors[:, -rank:].flip(1))
+    root_g = torch.linalg.cholesky(g) if two_sided and g is not None else None
+    seen = e if root_g is None else root_g.T @ e
+    u = _leading_vectors(seen, h, rank)
     u = u * torch.where(u.gather(0, u.abs().argmax(0, keepdim=True)) < 0, -1.0, 1.0)
 
-    ue = u.T @ e
-    taken = ((ue @ h) * ue).sum(1).clamp(min=0)  # squared singular values
+    a = u.T @ seen
+    b = u if root_g is None else torch.linalg.solve_triangular(root_g.T, u, upper=True)
+    taken = ((a @ h) * a).sum(1).clamp(min=0)  # squared singular values
     root = taken.sqrt().sqrt()
     root = torch.where(root > 0, root, 1.0)
-    before = ((e @ h) * e).sum()
+    left = e - b @ a
     scale = ((w @ h) * w).sum()
-    after = (before - taken.sum()).clamp(min=0)
+    before, after = (((x @ h) * x).sum() for x in (e, left))
     return Compensation(
-        a=(ue / root[:, None]).float(),
-        b=(u * root).float(),
+        a=(a / root[:, None]).float(),
+        b=(b * root).float(),
         error_before=float((before / scale).sqrt()) if scale > 0 else 0.0,
         error_after=float((after / scale).sqrt()) if scale > 0 else 0.0,
+        loss_before=None if g is None else 0.5 * float(((g @ e @ h) * e).sum()),
+        # u_k^T M G u_k = (squared singular value) u_k^T G u_k, since M = E H E^T has them as eigenvectors
+        gains=None if g is None else (0.5 * taken * ((g @ b) * b).sum(0)).tolist(),
     )
+
+
+def leading_path(error: torch.Tensor, covariance: torch.Tensor, rank: int) -> tuple[torch.Tensor, float]:
+    """Return B A `(out, in)` of [`compensate`], and the squared output error tr(X H X^T) that it leaves; float64."""
+    u = _leading_vectors(error, covariance, rank)
+    a = u.T @ error
+    before, taken = (float(((x @ covariance) * x).sum()) for x in (error, a))
+    return u @ a, max(before - taken, 0.0)
+
+
+def _leading_vectors(error: torch.Tensor, covariance: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return the leading left singular vectors of E H^(1/2), `(out, r)`, the first one first; float64."""
+    if error.shape[0] <= error.shape[1]:
+        _, vectors = torch.linalg.eigh(error @ covariance @ error.T)
+        return vectors[:, -rank:].flip(1)  # type: ignore[no-any-return]
+    el = error @ torch.linalg.cholesky(covariance)
+    _, vectors = torch.linalg.eigh(el.T @ el)
+    u, _ = torch.linalg.qr(el @ vectors[:, -rank:].flip(1))
+    return u  # type: ignore[no-any-return]
+
+
+class LayerLoss:
+    """
+    The predicted loss of a layer as a function of its factors: 1/2 tr(G (E - B A) H (E - B A)^T), nats per prediction.
+
+    Multiplied out, so that only products with a narrow side remain:
+    1/2 tr(G E H E^T) - tr(B^T (G E H) A^T) + 1/2 tr((B^T G B) (A H A^T)).
+
+    Args:
+        error (`torch.Tensor` of shape `(out, in)`): E = W - Q.
+        covariance (`torch.Tensor` of shape `(in, in)`): H.
+        output_covariance (`torch.Tensor` of shape `(out, out)`): G.
+    """
+
+    def __init__(self, error: torch.Tensor, covariance: torch.Tensor, output_covariance: torch.Tensor) -> None:
+        e, h, g = error.to(torch.float64), covariance.to(torch.float64), output_covariance.to(torch.float64)
+        cross = g @ e @ h
+        self.constant = 0.5 * float((cross * e).sum())
+        self.cross, self.h, self.g = cross.float(), h.float(), g.float()
+
+    def __call__(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        a, b = a.float(), b.float()
+        linear = ((self.cross @ a.T) * b).sum()
+        return self.constant - linear + 0.5 * ((b.T @ self.g @ b) * (a @ self.h @ a.T)).sum()

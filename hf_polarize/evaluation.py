@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .data import Batch, is_text_model, to_model
+from .data import Batch, is_causal_lm, is_text_model, to_model
 from .surrogate import core_model
 
 CHUNK = 128
@@ -66,7 +67,7 @@ def final_hidden(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return model.base_model(input_ids=ids.to(model.device), use_cache=False).last_hidden_state  # type: ignore[no-any-return]
 
 
-def _check_head(model: PreTrainedModel, head: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor) -> None:
+def check_head(model: PreTrainedModel, head: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor) -> None:
     """Make sure that hidden states and `logit_head` together are what the model itself computes."""
     short = ids[:, :16].to(model.device)
     own = model(input_ids=short, use_cache=False).logits.float()
@@ -89,7 +90,7 @@ def reference_states(model: nn.Module, windows: torch.Tensor) -> Reference:
     """
     core = core_model(model)
     head = logit_head(core)
-    _check_head(core, head, windows[:1])
+    check_head(core, head, windows[:1])
     return Reference(
         [
             final_hidden(core, ids[None])
@@ -122,7 +123,7 @@ def evaluate_causal_lm(
     training = core.training
     core.eval()
     head = logit_head(core)
-    _check_head(core, head, windows[:1])
+    check_head(core, head, windows[:1])
     losses, divergence = [], 0.0
     for i, ids in enumerate(logging.tqdm(windows, desc=desc, unit="window")):
         hidden = final_hidden(core, ids[None])[0, :-1]
@@ -211,6 +212,46 @@ def output_distance(original: Outputs, outputs: Outputs) -> Quality:
         losses.append(total / len(p))
     loss = sum(losses) / len(losses)
     return Quality(loss, None, loss if original.logits else None, losses)
+
+
+class HeldOut:
+    """
+    Held-out data and what the original model says of it, to measure other models by.
+
+    The original's outputs are computed once, when this is made, and kept: final hidden states for a causal language
+    model, the outputs themselves for any other.
+
+    Args:
+        original (`PreTrainedModel`): in 16 or 32 bits.
+        batches (`Sequence[dict[str, torch.Tensor]]`): held-out inputs without padding.
+
+    Attributes:
+        original ([`Quality`]): of the original itself.
+        seconds (`float`): that measuring it took.
+    """
+
+    def __init__(self, original: PreTrainedModel, batches: Sequence[Batch]) -> None:
+        self.batches = list(batches)
+        self.causal = is_causal_lm(original)
+        if self.causal:
+            self.windows = torch.cat([batch["input_ids"] for batch in batches])
+            self.reference = reference_states(original, self.windows)
+        else:
+            self.outputs = model_outputs(original, self.batches, desc="outputs of the original")
+        started = time.monotonic()
+        self.original = self.measure(original, "original")
+        self.seconds = time.monotonic() - started
+
+    def measure(self, model: nn.Module, desc: str) -> Quality:
+        """Return what a model does on the data."""
+        if self.causal:
+            return evaluate_causal_lm(model, self.windows, self.reference, desc=f"evaluating {desc}")
+        return output_distance(self.outputs, model_outputs(model, self.batches, f"evaluating {desc}"))
+
+    def distance(self, model: nn.Module, desc: str) -> float:
+        """Return the KL to the original, nats, or where there are no logits the mean distance of the output."""
+        quality = self.measure(model, desc)
+        return quality.loss if quality.kl is None else quality.kl
 
 
 class GapRecovered(evaluate.Metric):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,65 +13,63 @@ import transformers
 from transformers import PreTrainedModel
 
 from .checkpoint import SIDECAR, prepare_folder, save_polarized, sidecar, write_json
-from .data import SELF, calibration_batches, is_causal_lm, is_text_model, read_texts, token_windows, tokens_per_sample
+from .data import (
+    Batch,
+    calibration_batches,
+    is_causal_lm,
+    is_text_model,
+    read_texts,
+    split,
+    token_windows,
+    tokens_per_sample,
+)
+from .distillation import teacher_dataset
 from .evaluation import (
+    HeldOut,
     Quality,
-    evaluate_causal_lm,
     gap_recovered,
     gap_standard_error,
-    model_outputs,
-    output_distance,
-    reference_states,
 )
 from .hub import push_folder
 from .inspection import CheckpointInfo, inspect_checkpoint
-from .polarization import forget_gguf, make_plan, polarize, public_name
+from .plan import forget_gguf, make_plan
+from .polarization import count_samples, hold_out, polarize, public_name
 from .recipe import Recipe, load_data
-from .report import markdown_report, plot_layer_errors
+from .report import markdown_report, plot_layer_errors, plot_training
+from .sensitivity import SensitivityReport
+from .solver import rounded_backbone
 from .surrogate import backbone_only
+from .training import distill
 
 
 class Evaluator:
-    """
-    Measure models against the original on held-out data.
-
-    The original's outputs are computed once, when this is made, and kept: final hidden states for a causal language
-    model, the outputs themselves for any other.
-    """
+    """Measure models against the original on the held-out data of a recipe, and say how."""
 
     def __init__(self, original: PreTrainedModel, recipe: Recipe, data: Any, processor: Any) -> None:
-        self.causal = is_causal_lm(original)
         window, count = recipe.evaluation_window, recipe.evaluation_windows
         name = recipe.evaluation.removeprefix("hub:").rpartition("/")[2]
-        if self.causal:
-            self.windows = token_windows(read_texts(data, recipe.evaluation_column), processor, window, count)
-            self.reference = reference_states(original, self.windows)
-            started = time.monotonic()
-            self.original = evaluate_causal_lm(original, self.windows, self.reference, desc="evaluating original")
+        if is_causal_lm(original):
+            windows = token_windows(read_texts(data, recipe.evaluation_column), processor, window, count)
+            batches = split(windows, recipe.batch_size, original)
             self.protocol = (
-                f"Token perplexity on `{name}`: {len(self.windows)} windows of {window} tokens that don't overlap, "
+                f"Token perplexity on `{name}`: {len(windows)} windows of {window} tokens that don't overlap, "
                 "spread evenly; KL in nats per token."
             )
         else:
             tokens = count * tokens_per_sample(original, window)
-            self.batches = calibration_batches(
+            batches = calibration_batches(
                 original, data, processor, window, tokens, recipe.batch_size, 0, recipe.evaluation_column
             )
-            started = time.monotonic()
-            self.outputs = model_outputs(original, self.batches, desc="evaluating original")
-            self.original = output_distance(self.outputs, self.outputs)
-            measure = "KL(original || model) of the logits, in nats" if self.outputs.logits else "1 - cosine"
+        self.held_out = HeldOut(original, batches)
+        self.original = self.held_out.original
+        if not self.held_out.causal:
+            measure = "KL(original || model) of the logits, in nats" if self.held_out.outputs.logits else "1 - cosine"
             self.protocol = f"Loss is the mean distance of the output from the original's on `{name}`: {measure}."
-        self.seconds = time.monotonic() - started
 
     def measure(self, model: PreTrainedModel, desc: str) -> tuple[Quality, float]:
         """Return what a model does, and the seconds that it took."""
         started = time.monotonic()
-        if self.causal:
-            quality = evaluate_causal_lm(model, self.windows, self.reference, desc=f"evaluating {desc}")
-        else:
-            quality = output_distance(self.outputs, model_outputs(model, self.batches, f"evaluating {desc}"))
-        return quality, time.monotonic() - started
+        return self.held_out.measure(model, desc), time.monotonic() - started
 
 
 def load_model(recipe: Recipe) -> tuple[PreTrainedModel, Any]:
@@ -90,8 +90,9 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     """
     Run a recipe and leave everything in its output folder.
 
-    The folder then holds the checkpoint at its root, `metrics.json`, `report.md` and `layer_errors.png`. The
-    checkpoint is written as soon as the model is polarized: an interruption after that loses only measurements.
+    The folder then holds the checkpoint at its root, `metrics.json`, `report.md`, and its plots and tables. The
+    checkpoint is written as soon as the closed form is attached, and again after training: an interruption loses only
+    what comes later.
 
     Args:
         recipe ([`Recipe`]): what to do.
@@ -105,38 +106,63 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     calibration, evaluation = load_data(recipe.calibration), load_data(recipe.evaluation)
     model, processor = load_model(recipe)
     _, gguf_file, base_model = recipe.source()
-    config, surrogate = recipe.polarize_config(), recipe.surrogate_config()
-    make_plan(model, config, surrogate)
-    if calibration != SELF:
-        calibration = calibration_batches(
-            model, calibration, processor, recipe.window, recipe.max_tokens, recipe.batch_size, recipe.seed,
-            recipe.calibration_column,
-        )  # fmt: skip
+    plan = make_plan(model, recipe.polarize_config(), recipe.surrogate_config())
+    batches, held_back = recipe_batches(recipe, model, calibration, processor)
+    first = at_most(batches, recipe.max_tokens, model)
 
     evaluator = Evaluator(model, recipe, evaluation, processor)
     original_bytes = sum(parameter.nbytes for parameter in model.parameters())
     original_bits = 8.0 * model.dtype.itemsize
-    polarize(
-        model, calibration, config, surrogate, processor=processor, window=recipe.window,
-        max_tokens=recipe.max_tokens, batch_size=recipe.batch_size, seed=recipe.seed,
-    )  # fmt: skip
-    provenance = model.polarization["provenance"]
-    provenance["base_model"] = public_name(base_model)
-    if gguf_file:
-        provenance["weights"] = f"{gguf_file}, dequantized to {recipe.dtype}"
-    provenance["calibration"]["source"] = recipe.calibration.rpartition("/")[2]
-    save_polarized(model, folder, processor, overwrite=True)
-    info = inspect_checkpoint(folder)
-
-    polarized, polarized_seconds = evaluator.measure(model, "polarized")
-    with backbone_only(model):
+    with rounded_backbone(model, plan):
         backbone, backbone_seconds = evaluator.measure(model, "backbone alone")
+    del plan
+    with tempfile.TemporaryDirectory(prefix="hf-polarize-") as scratch:
+        data = held_out = None
+        if recipe.train:
+            data, held_out = (teacher_dataset(model, part, scratch) for part in (batches, held_back))
+        polarize(
+            model, first, recipe.polarize_config(), recipe.surrogate_config(), recipe.closed_form(),
+            processor=processor, window=recipe.window, max_tokens=recipe.max_tokens, seed=recipe.seed,
+            held_out=held_back, keep_layer_losses=bool(recipe.train and recipe.layer_weight),
+        )  # fmt: skip
+        provenance = model.polarization["provenance"]
+        provenance["base_model"] = public_name(base_model)
+        if gguf_file:
+            provenance["weights"] = f"{gguf_file}, dequantized to {recipe.dtype}"
+        provenance["calibration"]["source"] = recipe.calibration.rpartition("/")[2]
+        provenance["calibration"]["held_out_samples"] = count_samples(held_back)
+        save_polarized(model, folder, processor, overwrite=True)
+        info = inspect_checkpoint(folder)
+        polarized, polarized_seconds = evaluator.measure(model, "closed form" if recipe.train else "polarized")
+        with backbone_only(model):
+            requantized, _ = evaluator.measure(model, "its backbone alone")
+        variants = {
+            "original": _variant(evaluator.original, original_bits, original_bytes, evaluator.held_out.seconds),
+            "backbone": _variant(
+                backbone, info.bits("code") + info.bits("scale"), info.bytes - _surrogate_bytes(info),
+                backbone_seconds,
+            ),
+            "requantized": _variant(
+                requantized, info.bits("code") + info.bits("scale"), info.bytes - _surrogate_bytes(info), None
+            ),
+            "polarized": _variant(polarized, info.bits_per_weight, info.bytes, polarized_seconds),
+        }  # fmt: skip
+        if recipe.train:
+            provenance["training"] = distill(
+                model, data, held_out, Path(scratch) / "training", train=recipe.train,
+                learning_rate=recipe.learning_rate, batch_size=recipe.train_batch_size,
+                micro_batch_size=recipe.batch_size, hidden_weight=recipe.hidden_weight,
+                layer_weight=recipe.layer_weight, layer_losses=model.layer_losses, patience=recipe.patience,
+                seed=recipe.seed,
+            )  # fmt: skip
+            provenance["method"] = "closed form, then distilled from the original"
+            save_polarized(model, folder, processor, overwrite=True)
+            info = inspect_checkpoint(folder)
+            variants["closed_form"] = variants["polarized"]
+            polarized, polarized_seconds = evaluator.measure(model, "polarized")
+            variants["polarized"] = _variant(polarized, info.bits_per_weight, info.bytes, polarized_seconds)
     metrics = {
-        "original": _variant(evaluator.original, original_bits, original_bytes, evaluator.seconds),
-        "backbone": _variant(
-            backbone, info.bits("code") + info.bits("scale"), info.bytes - _surrogate_bytes(info), backbone_seconds
-        ),
-        "polarized": _variant(polarized, info.bits_per_weight, info.bytes, polarized_seconds),
+        **variants,
         "gap_recovered": gap_recovered(evaluator.original, backbone, polarized),
         "gap_standard_error": gap_standard_error(evaluator.original, backbone),
         "bits_per_weight": info.bits_per_weight,
@@ -148,16 +174,68 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     model.polarization["results"] = {key: value for key, value in metrics.items() if key != "seconds"}
     write_json(folder / SIDECAR, sidecar(model))
     write_json(folder / "metrics.json", {**metrics, "recipe": asdict(recipe)})
-    plot_layer_errors(model.polarization["layers"], folder / "layer_errors.png")
-    title = f"{base_model.rpartition('/')[2]}, polarized ({recipe.backbone.upper()}, rank {recipe.r})"
-    report = markdown_report(title, metrics, inspect_checkpoint(folder), command, "layer_errors.png")
-    (folder / "report.md").write_text(report, encoding="utf-8")
+    write_report(folder, model, recipe, metrics, command)
     if recipe.push_to:
         push_folder(folder, recipe.push_to)
     return metrics
 
 
-def _variant(quality: Quality, bits: float, size: int, seconds: float) -> dict[str, Any]:
+def write_report(folder: Path, model: PreTrainedModel, recipe: Recipe, metrics: dict[str, Any], command: str) -> None:
+    """Write report.md with its plots, and the sensitivities as JSON, into the folder of a run."""
+    plots = {"layer_errors.png": "Relative output error of each layer"}
+    plot_layer_errors(model.polarization["layers"], folder / "layer_errors.png")
+    report: SensitivityReport = model.sensitivity
+    if report.layers:
+        report.save(folder / "sensitivity.json")
+        report.plot(folder / "sensitivity.png")
+        plots["sensitivity.png"] = "Predicted loss increase of each layer"
+    training = model.polarization["provenance"].get("training")
+    if training:
+        plot_training(training, folder / "training.png")
+        plots["training.png"] = "Distance to the original in training"
+    name = recipe.source()[2].rpartition("/")[2]
+    title = f"{name}, polarized ({recipe.backbone.upper()}, rank {recipe.r})"
+    text = markdown_report(
+        title,
+        metrics,
+        inspect_checkpoint(folder),
+        command,
+        plots,
+        model.polarization["provenance"],
+        f"\n## The most sensitive layers\n\n{report.table(12)}\n" if report.layers else "",
+    )
+    (folder / "report.md").write_text(text, encoding="utf-8")
+
+
+def recipe_batches(
+    recipe: Recipe, model: PreTrainedModel, calibration: Any, processor: Any
+) -> tuple[list[Batch], list[Batch]]:
+    """Return the batches to calibrate and train on, and those kept back where something is chosen on them."""
+    tokens = max(recipe.max_tokens, recipe.train_tokens if recipe.train else 0)
+    choosing = bool(recipe.train) or recipe.closed_form().chooses
+    extra = recipe.held_out * tokens_per_sample(model, recipe.window) if choosing else 0
+    batches = calibration_batches(
+        model, calibration, processor, recipe.window, tokens + extra, recipe.batch_size, recipe.seed,
+        recipe.calibration_column,
+    )  # fmt: skip
+    return hold_out(batches, recipe.held_out) if choosing else (batches, [])
+
+
+def at_most(batches: list[Batch], tokens: int, model: PreTrainedModel) -> list[Batch]:
+    """Return the first batches that hold no more than so many tokens; at least one."""
+    taken: list[Batch] = []
+    used = 0
+    for batch in batches:
+        first = next(iter(batch.values()))
+        size = len(first) * tokens_per_sample(model, first.shape[-1])
+        if taken and used + size > tokens:
+            break
+        taken.append(batch)
+        used += size
+    return taken
+
+
+def _variant(quality: Quality, bits: float, size: int, seconds: float | None) -> dict[str, Any]:
     return {
         "loss": quality.loss,
         "perplexity": quality.perplexity,

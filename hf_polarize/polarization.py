@@ -5,28 +5,20 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
-from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
-from transformers.utils import logging
-from transformers.utils.quantization_config import QuantizationMethod
 
-from .backbone import BackboneLayer, backbone_layers, quantize_linear, weight_matrix
-from .calibration import MEMORY_LIMIT, input_covariances
-from .checkpoint import PolarizeHfQuantizer
-from .compensation import Compensation, compensate, damped
-from .configuration import PolarizeConfig, SurrogateConfig
-from .data import calibration_batches, is_text_model
-from .quantizer import release_memory
-from .surrogate import attach_surrogates
-
-logger = logging.get_logger(__name__)
+from .calibration import MEMORY_LIMIT
+from .compensation import Compensation
+from .configuration import ClosedForm, PolarizeConfig, SurrogateConfig
+from .data import Batch, calibration_batches, is_text_model
+from .evaluation import HeldOut
+from .plan import make_plan
+from .sensitivity import SensitivityReport
+from .solver import choose, install, solve
 
 
 def polarize(
@@ -34,6 +26,7 @@ def polarize(
     data: Any,
     config: PolarizeConfig | None = None,
     surrogate: SurrogateConfig | None = None,
+    closed_form: ClosedForm | None = None,
     *,
     original: PreTrainedModel | None = None,
     processor: Any = None,
@@ -43,13 +36,16 @@ def polarize(
     seed: int = 0,
     text_column: str | None = None,
     memory_limit: int = MEMORY_LIMIT,
+    held_out: list[Batch] | None = None,
+    keep_layer_losses: bool = False,
 ) -> PreTrainedModel:
     """
     Polarize a model in one call: calibrate, solve, attach.
 
-    The original model is run on the data and the covariance of each layer's input is collected; each layer's
-    quantization error is compensated by the rank-r path that is best for those inputs (see
-    [`~hf_polarize.compensation.compensate`]); the paths are attached as one PEFT adapter named "surrogate".
+    The original model is run on the data and the covariance of each layer's input is collected. Each layer's codes
+    and scales are chosen for those inputs, inside the format (see [`~hf_polarize.requantization.requantize`]), and
+    what is left of its quantization error is compensated by the rank-r path that is best for them (see
+    [`~hf_polarize.compensation.compensate`]). The paths are attached as one PEFT adapter named "surrogate".
 
     Args:
         model (`PreTrainedModel`):
@@ -60,6 +56,7 @@ def polarize(
         config ([`PolarizeConfig`], *optional*): for an original model; the default is NF4. A model that has a backbone
             keeps the one it has.
         surrogate ([`SurrogateConfig`], *optional*): the default has rank 8.
+        closed_form ([`ClosedForm`], *optional*): the switches of the solver.
         original (`PreTrainedModel`, *optional*): for a model that has a backbone: the model it was made from. Left
             out, it is loaded from `model.name_or_path`, in the dtype of its checkpoint.
         processor (*optional*): tokenizer or image processor of the model, for text or image data. Left out, it is
@@ -70,10 +67,14 @@ def polarize(
         seed (`int`, defaults to 0): of the text for `"self"`; everything else is deterministic.
         text_column (`str`, *optional*): of a data set; the first column of strings if left out.
         memory_limit (`int`, defaults to 2 GiB): bytes of covariances at a time. More passes if it is small.
+        held_out (`list`, *optional*): batches to choose by, where `closed_form` leaves a choice; kept back from the
+            data if left out.
+        keep_layer_losses (`bool`, defaults to `False`): leave a [`~hf_polarize.compensation.LayerLoss`] of each layer
+            in `model.layer_losses`, for [`PolarizeTrainer`]; they take the memory of all statistics.
 
     Returns:
-        `PreTrainedModel`: the same object, with a backbone and trainable surrogates. How it was made, and each layer's
-        relative output error before and after, are in `model.polarization`.
+        `PreTrainedModel`: the same object, with a backbone and trainable surrogates. How it was made, each layer's
+        relative output error before and after, and its predicted loss, are in `model.polarization`.
 
     Raises:
         ValueError: Before any work, if the model or the data can't be polarized like that.
@@ -82,180 +83,89 @@ def polarize(
     if not 1 <= window <= max_tokens:
         raise ValueError(f"max_tokens must hold at least one window; got window={window}, max_tokens={max_tokens}")
     plan = make_plan(model, config, surrogate, original)
+    closed_form = closed_form or ClosedForm()
     processor = processor or load_processor(model)
     training = plan.original.training
     plan.original.eval()
+    yardstick: HeldOut | None = None
+    held_back = held_out or []
     try:
         batches = calibration_batches(
             plan.original, data, processor, window, max_tokens, batch_size, seed, text_column
         )
-        solutions = solve(plan, batches, memory_limit)
+        if closed_form.chooses:
+            if not held_back:
+                batches, held_back = hold_out(batches, closed_form.held_out)
+            yardstick = HeldOut(plan.original, held_back)
+        found = solve(plan, batches, closed_form, memory_limit, seed, keep_layer_losses)
     finally:
         plan.original.train(training)
-    install(model, plan, solutions)
+    install(model, plan, found.one_sided)
+    solutions, ranks = found.one_sided, plan.ranks
+    trials: list[dict[str, object]] = []
+    if yardstick is not None:
+        solutions, ranks, trials = choose(model, plan, found, closed_form, yardstick)
     model.polarization = {
         "provenance": {
             "base_model": public_name(model.config._name_or_path),
-            "method": "closed form with the full input covariance",
+            "method": "closed form",
+            "closed_form": dataclasses.asdict(closed_form),
+            "choices": trials,
             "calibration": {
                 "source": describe(data),
                 "tokens": sum(batch["input_ids"].numel() for batch in batches) if "input_ids" in batches[0] else None,
-                "samples": sum(len(next(iter(batch.values()))) for batch in batches),
+                "samples": count_samples(batches),
+                "held_out_samples": count_samples(held_back),
                 "window": window,
                 "seed": seed,
             },
             "seconds": round(time.monotonic() - started, 1),
             "torch": torch.__version__,
         },
-        "layers": {
-            name: {"rank": len(s.a), "error_before": s.error_before, "error_after": s.error_after}
-            for name, s in solutions.items()
-        },
+        "layers": {name: layer_record(solution, ranks[name]) for name, solution in solutions.items()},
     }
+    model.sensitivity = SensitivityReport.of(solutions, ranks)
+    model.layer_losses = found.losses
     return model
 
 
-@dataclass
-class Plan:
+def layer_record(solution: Compensation, rank: int) -> dict[str, Any]:
+    """Return what is kept of a layer's solution."""
+    record = {"rank": rank, "error_before": solution.error_before, "error_after": solution.error_after}
+    if solution.gains is None or solution.loss_before is None:
+        return record
+    after = solution.loss_before - sum(solution.gains[:rank])
+    return {**record, "loss_before": solution.loss_before, "loss_after": after}
+
+
+def count_samples(batches: list[Batch]) -> int:
+    return sum(len(next(iter(batch.values()))) for batch in batches)
+
+
+def hold_out(batches: list[Batch], samples: int) -> tuple[list[Batch], list[Batch]]:
     """
-    What will be done to a model, checked.
-
-    Attributes:
-        original (`PreTrainedModel`): the model in 16 or 32 bits; the one to polarize itself, if that has no backbone.
-        layers (`dict[str, nn.Module]`): the original's layers that the backbone takes the place of.
-        backbone (`dict[str, BackboneLayer]`): those of them that are quantized already; the others are added.
-        quantizer ([`PolarizeHfQuantizer`]): with the configuration of the backbone.
-        surrogate ([`SurrogateConfig`]): a copy of the user's.
-        ranks (`dict[str, int]`): of the layers that get a surrogate.
-    """
-
-    original: PreTrainedModel
-    layers: dict[str, nn.Module]
-    backbone: dict[str, BackboneLayer]
-    quantizer: PolarizeHfQuantizer
-    surrogate: SurrogateConfig
-    ranks: dict[str, int]
-
-
-def make_plan(
-    model: PreTrainedModel,
-    config: PolarizeConfig | None = None,
-    surrogate: SurrogateConfig | None = None,
-    original: PreTrainedModel | None = None,
-) -> Plan:
-    """
-    Check what [`polarize`] is asked to do, without a change to the model.
+    Keep samples back, spread evenly over the batches.
 
     Raises:
-        TypeError: If a configuration is of another class.
-        ValueError: If the model can't be polarized like that.
+        ValueError: If that leaves less than half for calibration.
     """
-    for value, kind in ((config, PolarizeConfig), (surrogate, SurrogateConfig)):
-        if value is not None and not isinstance(value, kind):
-            raise TypeError(f"expected a {kind.__name__}, got {type(value).__name__}")
-    if getattr(model, "peft_config", None):
-        raise ValueError(f"the model has adapters {sorted(model.peft_config)}; polarize a model without any")
-    chosen = surrogate_copy(surrogate or SurrogateConfig())
-    backbone = dict(backbone_layers(model))
-    if backbone:
-        if config is not None:
-            raise ValueError(
-                "the model has a backbone already; config is for an original model. Leave one of them out"
-            )
-        source = original if original is not None else load_original(model)
-        check_original(source, model, backbone)
-        quantizer = model.hf_quantizer
-        layers = {name: source.get_submodule(name) for name in backbone}
-    else:
-        if original is not None:
-            raise ValueError("original is for a model that was loaded with a PolarizeConfig; this one is an original")
-        source = model
-        forget_gguf(model)
-        check_unquantized(model)
-        quantizer = PolarizeHfQuantizer(config or PolarizeConfig(), pre_quantized=False)
-        quantizer.update_dtype(model.dtype)
-        layers = quantizer.modules_to_convert(model)
-    return Plan(source, layers, backbone, quantizer, chosen, surrogate_ranks(layers, chosen))
-
-
-def surrogate_copy(config: SurrogateConfig, **changes: Any) -> SurrogateConfig:
-    return dataclasses.replace(config, **{"init_lora_weights": True, "start": "zero", **changes})  # type: ignore[arg-type]
-
-
-def check_unquantized(model: PreTrainedModel) -> None:
-    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None):
+    total = count_samples(batches)
+    if total < 2 * samples:
         raise ValueError(
-            f"the model is quantized already ({getattr(model, 'quantization_method', 'unknown method')}); give the "
-            "original in 16 or 32 bits"
+            f"choosing on held-out data keeps {samples} samples back, and the calibration data has {total}: give "
+            "more, or a smaller held_out"
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("a part of the original is offloaded to disk; polarize needs all of its weights in memory")
-
-
-def check_original(original: PreTrainedModel, model: PreTrainedModel, backbone: dict[str, BackboneLayer]) -> None:
-    """Raise if a model is not the one that a backbone was made from, as far as classes and shapes tell."""
-    check_unquantized(original)
-    if type(original) is not type(model):
-        raise ValueError(f"the original is a {type(original).__name__}, the model a {type(model).__name__}")
-    for name, layer in backbone.items():
-        shape = tuple(weight_matrix(original.get_submodule(name)).shape)
-        if shape != (layer.out_features, layer.in_features):
-            raise ValueError(
-                f"{name} is {layer.out_features} x {layer.in_features} in the model and {shape[0]} x {shape[1]} in "
-                "its original: that is another model"
-            )
-
-
-def surrogate_ranks(layers: dict[str, nn.Module], surrogate: SurrogateConfig) -> dict[str, int]:
-    """Return the ranks of the layers that get a surrogate, by PEFT's own rules for names and patterns."""
-    everywhere = surrogate.target_modules == "all-linear" and not surrogate.exclude_modules
-    names = [name for name in layers if everywhere or _is_target(surrogate, name)]
-    if not names:
-        raise ValueError(f"target_modules={surrogate.target_modules!r} matches none of the {len(layers)} layers")
-    pattern = surrogate.rank_pattern or {}
-    ranks = {name: pattern.get(get_pattern_key(pattern, name), surrogate.r) for name in names}
-    for name, rank in ranks.items():
-        limit = min(weight_matrix(layers[name]).shape)
-        if rank > limit:
-            raise ValueError(
-                f"rank must be in 1..min(in, out) = 1..{limit} for {name}; got {rank}. Give that layer another with "
-                "rank_pattern, or name it in modules_to_not_convert."
-            )
-    return ranks
-
-
-def _is_target(surrogate: SurrogateConfig, name: str) -> bool:
-    if surrogate.target_modules == "all-linear":
-        surrogate = surrogate_copy(surrogate, target_modules=".*")
-    match = check_target_module_exists(surrogate, name)  # an excluded module is a true object of its own
-    return match is True or isinstance(match, re.Match)
-
-
-def install(model: PreTrainedModel, plan: Plan, solutions: dict[str, Compensation]) -> None:
-    """Put backbone and surrogates in place; if PEFT refuses the model, leave it as it was."""
-    fresh = plan.original is model
-    if fresh:
-        for name, layer in plan.backbone.items():
-            model.set_submodule(name, layer)
-        plan.quantizer.mark(model)
-    try:
-        attach_surrogates(model, plan.surrogate, {name: (s.a, s.b) for name, s in solutions.items()})
-    except Exception:
-        model._hf_peft_config_loaded = False
-        if fresh:
-            for name, module in plan.layers.items():
-                model.set_submodule(name, module)
-            plan.quantizer.remove_quantization_config(model)
-        raise
-    plan.layers.clear()
-    release_memory()
-
-
-def forget_gguf(model: PreTrainedModel) -> None:
-    """Clear the marks of GGUF quantization, which transformers leaves on a model that it has dequantized."""
-    if getattr(model, "quantization_method", None) == QuantizationMethod.GGUF:
-        model.hf_quantizer.remove_quantization_config(model)
-        model.config._is_quantized = False
+    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    kept = {i * total // samples for i in range(samples)}
+    parts: tuple[list[Batch], list[Batch]] = ([], [])
+    start = 0
+    for batch, size in zip(batches, sizes, strict=True):
+        rows = torch.tensor([start + i in kept for i in range(size)])
+        for part, mask in zip(parts, (~rows, rows), strict=True):
+            if mask.any():
+                part.append({key: value[mask] for key, value in batch.items()})
+        start += size
+    return parts
 
 
 def public_name(name: str | None) -> str | None:
@@ -272,15 +182,6 @@ def describe(data: Any) -> str:
     return f"{type(data).__name__} of {len(data)}" if hasattr(data, "__len__") else type(data).__name__
 
 
-def load_original(model: PreTrainedModel) -> PreTrainedModel:
-    """Load the model that a backbone was made from, from the name it was loaded by."""
-    name = model.config._name_or_path
-    if not name:
-        raise ValueError("polarize needs the original weights: pass original=..., this model names no source")
-    logger.info("loading the original weights from %s", name)
-    return type(model).from_pretrained(name, dtype="auto").to(model.device)  # type: ignore[no-any-return]
-
-
 def load_processor(model: PreTrainedModel) -> Any:
     """Load the tokenizer or image processor beside a model, or return `None` where there is none."""
     name = model.config._name_or_path
@@ -290,30 +191,3 @@ def load_processor(model: PreTrainedModel) -> Any:
         return (AutoTokenizer if is_text_model(model) else AutoImageProcessor).from_pretrained(name)
     except (OSError, ValueError):
         return None
-
-
-def solve(plan: Plan, batches: list[dict[str, torch.Tensor]], memory_limit: int) -> dict[str, Compensation]:
-    """Quantize each layer that isn't yet, and compensate those that get a surrogate on the calibration data."""
-    solutions: dict[str, Compensation] = {}
-    targets = {name: plan.layers[name] for name in plan.ranks}
-    with logging.tqdm(total=len(targets), desc="solving", unit="layer") as bar:
-
-        def finish(name: str, h: torch.Tensor) -> None:
-            weight = weight_matrix(plan.layers[name]).detach()
-            quantized = plan.backbone[name].dequantized().to(weight.device)
-            solutions[name] = compensate(weight, weight.double() - quantized.double(), h, plan.ranks[name])
-            bar.update()
-
-        for name, module in plan.layers.items():
-            if name not in plan.backbone:
-                plan.backbone[name] = quantize_linear(module, plan.quantizer.quantization_config)
-        for covariances in input_covariances(plan.original, batches, targets, memory_limit):
-            last = None
-            for name, covariance in covariances.items():
-                if covariance is not last:
-                    last, h = covariance, damped(covariance)
-                finish(name, h)
-        for name in set(targets) - set(solutions):  # those that no token reached
-            weight = weight_matrix(targets[name])
-            finish(name, damped(torch.eye(weight.shape[1], device=weight.device)))
-    return {name: solutions[name] for name in targets}

@@ -18,8 +18,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationMethod
 
-from .backbone import NF4_BLOCK, BackboneLayer, is_convertible, new_layer, plain_layer, weight_matrix
+from .backbone import is_convertible, new_layer, plain_layer, weight_matrix
 from .configuration import PolarizeConfig
+from .formats import NF4_BLOCK, BackboneLayer
 
 logger = logging.get_logger(__name__)
 

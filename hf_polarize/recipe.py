@@ -15,8 +15,9 @@ from typing import Any
 
 import yaml
 
-from .configuration import PolarizeConfig, SurrogateConfig
+from .configuration import ClosedForm, PolarizeConfig, SurrogateConfig
 from .data import SELF, read_texts
+from .training import PARTS
 
 PYTHON_DOCS = "python-docs"
 DEMO_MODELS = {
@@ -56,6 +57,14 @@ class Recipe:
     r: int = _key(8, "rank of the surrogates")
     rank_pattern: dict[str, int] | None = _key(None, "ranks of single layers, {name or regular expression: rank}")
 
+    scale_search: bool = _key(True, "choose the block scales for the inputs of each layer")
+    alternations: int = _key(3, "rounds of choosing codes for the surrogate and the surrogate for the codes")
+    two_sided: bool = _key(False, "weigh output errors by gradients, per kind of layer where held-out data likes it")
+    allocation: str = _key("uniform", "of ranks: uniform, or sensitivity (as many bytes, where they win most)")
+    r_max: int = _key(32, "largest rank under allocation: sensitivity")
+    gradient_samples: int = _key(16, "samples whose gradients are collected, for sensitivity; 0 goes without")
+    held_out: int = _key(12, "samples of the calibration data that are kept back to choose and to stop by")
+
     calibration: str = _key(
         SELF,
         f"{SELF} (text that the original model writes itself), {PYTHON_DOCS} (the language reference that every "
@@ -70,6 +79,16 @@ class Recipe:
     window: int = _key(384, "tokens per calibration window")
     batch_size: int = _key(4, "windows per batch")
     seed: int = _key(0, "of calibration text that the model writes")
+
+    train: list[str] | None = _key(
+        None, f"what is trained after the closed form, of {', '.join(PARTS)}; null: nothing"
+    )
+    train_tokens: int = _key(65536, "tokens to train on, the calibration tokens among them; one pass")
+    learning_rate: float = _key(5e-4, "of the surrogates, at its peak")
+    train_batch_size: int = _key(8, "windows per step")
+    hidden_weight: float = _key(0.0, "of the distance of the final hidden states, beside the KL")
+    layer_weight: float = _key(0.0, "of the predicted loss of all layers, beside the KL")
+    patience: int = _key(3, "evaluations on held-out text without a gain after which training stops")
 
     evaluation: str = _key(PYTHON_DOCS, "held-out data, never the calibration data; the same forms, without " + SELF)
     evaluation_column: str | None = _key(None, "text column of an evaluation data set")
@@ -90,7 +109,16 @@ class Recipe:
         for key, choices in {"model_class": MODEL_CLASSES, "dtype": DTYPES}.items():
             if getattr(self, key) not in choices:
                 raise ValueError(f"recipe key {key} must be one of {', '.join(choices)}; got {getattr(self, key)!r}")
-        for key in ("max_tokens", "window", "batch_size", "evaluation_window", "evaluation_windows"):
+        for key in (
+            "max_tokens",
+            "window",
+            "batch_size",
+            "evaluation_window",
+            "evaluation_windows",
+            "train_tokens",
+            "train_batch_size",
+            "patience",
+        ):
             if getattr(self, key) < 1:
                 raise ValueError(f"recipe key {key} must be at least 1; got {getattr(self, key)}")
         if self.evaluation_window < 2:
@@ -109,8 +137,18 @@ class Recipe:
             raise ValueError(f"evaluation and calibration are both {self.evaluation!r}: hold out other data")
         if self.push_to is not None and self.push_to.count("/") != 1:
             raise ValueError(f"push_to must be user/name; got {self.push_to!r}")
+        for part in self.train or []:
+            if part not in PARTS:
+                raise ValueError(f"recipe key train takes any of {', '.join(PARTS)}; got {part!r}")
+        if self.train is not None and not self.train:
+            raise ValueError("recipe key train is empty: name what to train, or null for no training")
+        if self.train and self.held_out < 1:
+            raise ValueError("training stops by held-out text: held_out must be at least 1")
+        if self.learning_rate <= 0:
+            raise ValueError(f"recipe key learning_rate must be greater than 0; got {self.learning_rate}")
         self.polarize_config()
         self.surrogate_config()
+        self.closed_form()
 
     def polarize_config(self) -> PolarizeConfig:
         return PolarizeConfig(
@@ -122,6 +160,9 @@ class Recipe:
 
     def surrogate_config(self) -> SurrogateConfig:
         return SurrogateConfig(r=self.r, rank_pattern=dict(self.rank_pattern or {}))
+
+    def closed_form(self) -> ClosedForm:
+        return ClosedForm(**{item.name: getattr(self, item.name) for item in dataclasses.fields(ClosedForm)})
 
     def source(self) -> tuple[str, str | None, str]:
         """

@@ -8,7 +8,13 @@ from typing import Any
 
 from .inspection import CheckpointInfo
 
-VARIANTS = {"original": "original", "backbone": "backbone alone", "polarized": "polarized"}
+VARIANTS = {
+    "original": "original",
+    "backbone": "backbone alone",
+    "requantized": "with its codes and scales chosen",
+    "closed_form": "with surrogates in closed form",
+    "polarized": "polarized",
+}
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -23,9 +29,14 @@ def _number(value: float | None, digits: int) -> str:
 def results_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return header and rows of the table of a run: original, backbone alone, polarized."""
     rows = []
+    gap = metrics["backbone"]["loss"] - metrics["original"]["loss"]
     for key, label in VARIANTS.items():
+        if key not in metrics:
+            continue
         one = metrics[key]
         recovered = metrics["gap_recovered"] if key == "polarized" else None
+        if key in ("requantized", "closed_form") and gap:
+            recovered = (metrics["backbone"]["loss"] - one["loss"]) / gap
         rows.append(
             [
                 label,
@@ -113,8 +124,62 @@ def plot_layer_errors(layers: dict[str, dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def markdown_report(title: str, metrics: dict[str, Any], info: CheckpointInfo, command: str, plot: str) -> str:
+def plot_training(training: dict[str, Any], path: Path) -> None:
+    """Plot the losses of a training against its steps, and save the picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axis = figure.subplots()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o-")):
+        points = [(entry["step"], entry[key]) for entry in training["history"] if key in entry]
+        if key == "eval_loss":
+            points = [point for point in points if point[0]]
+            points.insert(0, (0, training["start"]))
+        if points:
+            axis.plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    axis.set_xlabel("step")
+    axis.set_ylabel("distance to the original")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=130)
+
+
+def _choices(provenance: dict[str, Any]) -> str:
+    """Return what was decided on held-out data and what training brought there, as Markdown."""
+    rows = [
+        [trial["choice"], f"{trial['before']:.5f}", f"{trial['with']:.5f}", "kept" if trial["kept"] else "dropped"]
+        for trial in provenance.get("choices", [])
+    ]
+    training = provenance.get("training")
+    if training:
+        steps = f"training of {', '.join(training['train'])}, {training['steps']} steps"
+        rows.append([steps, f"{training['start']:.5f}", f"{training['end']:.5f}", "kept"])
+        for part, share in training["shares"].items():
+            rows.append([f"of that, {part} alone put back", f"{training['end'] + share:.5f}", "", ""])
+    if not rows:
+        return ""
+    table = markdown_table(["", "distance before", "with it", ""], rows)
+    return f"""
+## Decided on held-out calibration text
+
+{table}
+
+Distance is the mean KL to the original, in nats, where there are logits.
+"""
+
+
+def markdown_report(
+    title: str,
+    metrics: dict[str, Any],
+    info: CheckpointInfo,
+    command: str,
+    plots: dict[str, str],
+    provenance: dict[str, Any],
+    sensitivities: str,
+) -> str:
     """Return the report of a run as Markdown."""
+    pictures = "\n\n".join(f"## {what}\n\n![{what.lower()}]({name})" for name, what in plots.items())
     return f"""# {title}
 
 {verdict(metrics)}
@@ -126,13 +191,12 @@ def markdown_report(title: str, metrics: dict[str, Any], info: CheckpointInfo, c
 ## Size
 
 {size_table(info)}
+{_choices(provenance)}
+{pictures}
 
-## Error of each layer
-
-sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)) on the calibration data, with E = W − Q before and E = W − Q − B A after.
-
-![relative output error of each layer]({plot})
-
+The relative output error of a layer is sqrt(tr(E H Eᵀ) / tr(W H Wᵀ)) on the calibration data, in closed form:
+E = W − Q before and E = W − Q − B A after.
+{sensitivities}
 ## How to run this again
 
 ```

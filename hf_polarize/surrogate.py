@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .backbone import BackboneLinear4bit, BackboneLinear8bit, backbone_layers, plain_layer
+from .backbone import backbone_layers, plain_layer
 from .configuration import SURROGATE_LAYERS, SurrogateConfig
+from .formats import BackboneLinear4bit, BackboneLinear8bit
 
 logger = logging.get_logger(__name__)
 

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from hf_polarize import PolarizeConfig
-from hf_polarize.backbone import BackboneLinear4bit, backbone_layers, fake_quantize, quantize_linear, weight_matrix
+from hf_polarize.backbone import backbone_layers, quantize_linear, weight_matrix
+from hf_polarize.formats import BackboneLinear4bit, fake_quantize
 
 BACKBONES = {
     "nf4": {"backbone": "nf4"},

@@ -7,9 +7,9 @@ from datasets import Dataset
 from transformers import AlbertConfig, AlbertModel
 
 from hf_polarize import polarize
-from hf_polarize.calibration import input_covariances, shared_inputs
+from hf_polarize.calibration import layer_statistics, shared_inputs
 from hf_polarize.data import calibration_batches
-from hf_polarize.polarization import make_plan
+from hf_polarize.plan import make_plan
 
 
 def layers_of(model):
@@ -18,8 +18,8 @@ def layers_of(model):
 
 def collect(model, batches, **kwargs):
     result = {}
-    for part in input_covariances(model, batches, layers_of(model), **kwargs):
-        result.update(part)
+    for part in layer_statistics(model, batches, layers_of(model), **kwargs):
+        result.update({name: statistics.h for name, statistics in part.items()})
     return result
 
 
@@ -54,13 +54,13 @@ def test_bounded_memory_takes_more_passes_and_gives_the_same():
     model = tiny_model("llama-untied")
     batches = [tiny_inputs(model)]
     limit = 4 * 128**2  # one covariance of the widest input
-    parts = list(input_covariances(model, batches, layers_of(model), memory_limit=limit))
+    parts = list(layer_statistics(model, batches, layers_of(model), memory_limit=limit))
     assert len(parts) > 2
-    assert all(sum(4 * len(h) ** 2 for h in {id(h): h for h in part.values()}.values()) <= limit for part in parts)
+    assert all(sum(4 * len(h) ** 2 for h in {id(s.h): s.h for s in part.values()}.values()) <= limit for part in parts)
     whole = collect(model, batches)
     for part in parts:
-        for name, h in part.items():
-            torch.testing.assert_close(h, whole[name])
+        for name, statistics in part.items():
+            torch.testing.assert_close(statistics.h, whole[name])
 
 
 def test_layers_that_are_called_more_than_once_see_all_of_their_inputs():
@@ -73,9 +73,9 @@ def test_layers_that_are_called_more_than_once_see_all_of_their_inputs():
     model = AlbertModel(config).eval()
     batches = [{"input_ids": torch.randint(3, 96, (2, 16))}]
     whole = collect(model, batches)
-    for part in input_covariances(model, batches, layers_of(model), memory_limit=4 * 64**2):
-        for name, h in part.items():
-            torch.testing.assert_close(h, whole[name])
+    for part in layer_statistics(model, batches, layers_of(model), memory_limit=4 * 64**2):
+        for name, statistics in part.items():
+            torch.testing.assert_close(statistics.h, whole[name])
 
 
 def test_padding_is_refused_or_left_out(tokenizer):
@@ -115,3 +115,47 @@ def test_an_overflow_of_the_original_is_named():
         model.model.layers[0].mlp.up_proj.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match="not finite on the calibration data"):
         collect(model, [tiny_inputs(model)])
+
+
+@pytest.mark.parametrize("family", ["llama-untied", "bert", "vit", "t5", "gpt2"])
+def test_output_covariances_are_asked_for_and_cost_the_model_nothing(family):
+    model = tiny_model(family)
+    batches = [tiny_inputs(model)]
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    (part,) = layer_statistics(model, batches, layers_of(model), gradient_samples=3)
+    plain = collect(model, batches)
+    for name, statistics in part.items():
+        torch.testing.assert_close(statistics.h, plain[name])
+        if name == "pooler.dense":
+            assert statistics.g is None  # the hidden states don't depend on it
+            continue
+        out_features = layers_of(model)[name].weight.shape[1 if family == "gpt2" else 0]
+        assert statistics.g.shape == (out_features, out_features)
+        assert float(statistics.g.diagonal().min()) >= 0 and float(statistics.g.trace()) > 0
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_output_covariance_predicts_the_loss_of_a_small_error():
+    """1/2 tr(G E H E^T) against KL(original || model), for an error in the layer before the logits."""
+    model = tiny_model("llama-untied")
+    name = "model.layers.1.mlp.down_proj"
+    batches = [tiny_inputs(model, n=64, seed=seed) for seed in range(4)]
+    layers = {name: layers_of(model)[name]}
+    (part,) = layer_statistics(model, batches, layers, gradient_samples=256)
+    statistics = part[name]
+    torch.manual_seed(0)
+    weight = model.get_submodule(name).weight
+    error = 0.02 * weight.std() * torch.randn_like(weight)
+    predicted = 0.5 * float((statistics.g @ error @ statistics.h * error).sum())
+
+    def log_probabilities():
+        with torch.no_grad():
+            return torch.cat([model(**batch).logits.double().log_softmax(-1).flatten(0, 1) for batch in batches])
+
+    before = log_probabilities()
+    weight.data += error
+    after = log_probabilities()
+    measured = float((before.exp() * (before - after)).sum(-1).mean())
+    # the Kronecker factors take inputs and gradients to be independent
+    assert predicted == pytest.approx(measured, rel=0.25)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_polarize.cli import main
 from hf_polarize.inspection import inspect_checkpoint
+from hf_polarize.pipeline import Evaluator
 from hf_polarize.report import verdict
 
 ROOT = Path(__file__).parent.parent
@@ -125,14 +126,33 @@ def test_an_output_folder_that_is_not_empty_is_refused_unless_told(recipe, tmp_p
 
 
 def test_an_interruption_keeps_the_checkpoint(recipe, tmp_path, capsys, monkeypatch):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
+    measure = Evaluator.measure
 
-    monkeypatch.setattr("hf_polarize.pipeline.Evaluator.measure", interrupted)
+    def interrupted(self, model, desc):
+        if desc == "polarized":
+            raise KeyboardInterrupt
+        return measure(self, model, desc)
+
+    monkeypatch.setattr(Evaluator, "measure", interrupted)
     assert main(["run", str(recipe)]) == 130
     error = capsys.readouterr().err
     assert "interrupted" in error and "is whole, its measurements are missing" in error
     assert inspect_checkpoint(tmp_path / "out").layers
+
+
+def test_a_run_that_trains_reports_every_step_and_its_share(recipe, tmp_path, capsys):
+    overrides = ["train=[surrogate, scales, norms]", "train_tokens=1024", "held_out=4", "train_batch_size=2"]
+    assert main(["run", str(recipe), *overrides, "layer_weight=0.1", "allocation=sensitivity"]) == 0
+    out = tmp_path / "out"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["polarized"]["kl"] < metrics["closed_form"]["kl"] < metrics["requantized"]["kl"]
+    report = (out / "report.md").read_text()
+    for text in ("with surrogates in closed form", "scales alone put back", "ranks by sensitivity", "training.png"):
+        assert text in report
+    for name in ("training.png", "sensitivity.png", "sensitivity.json"):
+        assert (out / name).stat().st_size > 500
+    AutoModelForCausalLM.from_pretrained(out)
+    assert str(tmp_path) not in (out / "polarize_config.json").read_text()
 
 
 def test_help_names_every_key(capsys):

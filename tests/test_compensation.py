@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_polarize.compensation import compensate, damped
+from hf_polarize.compensation import LayerLoss, compensate, damped, leading_path
 
 
 def problem(out_features, in_features, seed, tokens=200):
@@ -95,3 +95,53 @@ def test_values_that_are_not_finite_are_refused():
     error[0, 0] = float("nan")
     with pytest.raises(ValueError, match="error of a layer holds NaN"):
         compensate(weight, error, covariance, 2)
+
+
+def output_covariance(size, seed=11):
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    return mixing @ mixing.T / size + 0.1 * torch.eye(size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
+def test_two_sided_is_the_truncated_svd_of_the_error_whitened_on_both_sides(shape):
+    weight, error, covariance, _ = problem(*shape, seed=2)
+    h, g = damped(covariance), output_covariance(shape[0])
+    result = compensate(weight, error, h, 4, g, two_sided=True)
+
+    def roots(matrix):
+        values, vectors = torch.linalg.eigh(matrix)
+        return vectors * values.sqrt() @ vectors.T, vectors / values.sqrt() @ vectors.T
+
+    (g_root, g_inverse), (h_root, h_inverse) = roots(g), roots(h)
+    u, s, v = torch.linalg.svd(g_root @ error @ h_root, full_matrices=False)
+    expected = g_inverse @ (u[:, :4] * s[:4] @ v[:4]) @ h_inverse
+    torch.testing.assert_close(
+        result.b.double() @ result.a.double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
+    )
+    assert result.loss_before == pytest.approx(0.5 * float(s.square().sum()))
+    assert result.gains == pytest.approx((0.5 * s[:4].square()).tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_predicted_losses_are_those_of_the_factors(two_sided):
+    weight, error, covariance, _ = problem(16, 24, seed=4)
+    h, g = damped(covariance), output_covariance(16)
+    result = compensate(weight, error, h, 6, g, two_sided)
+    loss = LayerLoss(error, h, g)
+    for rank in (1, 3, 6):
+        a, b = result.a[:rank], result.b[:, :rank]
+        left = error - b.double() @ a.double()
+        expected = 0.5 * float((g @ left @ h * left).sum())
+        assert result.loss_before - sum(result.gains[:rank]) == pytest.approx(expected, rel=1e-5)
+        assert float(loss(a, b)) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
+def test_the_path_alone_is_that_of_the_compensation(shape):
+    weight, error, covariance, _ = problem(*shape, seed=6)
+    h = damped(covariance)
+    path, left = leading_path(error, h, 4)
+    result = compensate(weight, error, h, 4)
+    torch.testing.assert_close(path, result.b.double() @ result.a.double(), rtol=1e-4, atol=1e-6)
+    assert left == pytest.approx(float((((error - path) @ h) * (error - path)).sum()))

@@ -1,0 +1,211 @@
+"""Better values inside the backbone's formats: block scales and codes chosen for the inputs that a layer sees.
+
+The codebook of a format is fixed, its scales and codes are free, and better ones cost nothing at run time. Tensors
+only, no model. A weight is `(out, in)`; its scales stand for blocks of neighbouring weights in row-major order.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .compensation import leading_path
+from .formats import BackboneLayer
+
+FEEDBACK_BLOCK = 64
+"""Columns that are rounded before their errors reach all later columns in one product."""
+
+SEARCHED = torch.linspace(0.6, 1.05, 31).tolist()
+"""Scales that are tried for a block, as multiples of the format's own."""
+
+REFIT_ELEMENTS = 2**23
+"""Numbers in float64 that refitting scales has in memory at a time."""
+
+
+def spread(scales: torch.Tensor, shape: torch.Size, block_size: int) -> torch.Tensor:
+    """Return the scale of every weight, `(out, in)`."""
+    return scales.repeat_interleave(block_size)[: shape.numel()].view(shape)
+
+
+def nearest(values: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Return the index of the nearest level of each value; `levels` ascend."""
+    return torch.bucketize(values.contiguous(), (levels[1:] + levels[:-1]) / 2)
+
+
+def search_scales(
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    candidates: torch.Tensor,
+    levels: torch.Tensor,
+    block_size: int,
+    importance: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Choose the scale of each block that rounds its weights best for the inputs that they meet.
+
+    The scale s of a block minimises sum_j h_j (w_j - s level(w_j / s))^2, h the diagonal of the input covariance.
+
+    Args:
+        weight (`torch.Tensor` of shape `(out, in)`): W, float32; `in` is a multiple of the block size.
+        scales (`torch.Tensor` of shape `(blocks,)`): those of the format's own rounding, kept where none is better.
+        candidates (`torch.Tensor` of shape `(n, blocks)`): as they would be stored.
+        levels (`torch.Tensor`): ascending, of the format, in -1..1.
+        block_size (`int`): weights per scale.
+        importance (`torch.Tensor` of shape `(in,)`): h.
+
+    Returns:
+        `torch.Tensor` of shape `(blocks,)`.
+    """
+    w = weight.reshape(-1, block_size)
+    h = importance.to(w).expand_as(weight).reshape(-1, block_size)
+    best, least = scales, torch.full_like(scales, torch.inf)
+    for candidate in (scales, *candidates):
+        s = torch.where(candidate == 0, 1.0, candidate)[:, None]
+        error = ((levels[nearest(w / s, levels)] * s - w).square() * h).sum(1)
+        better = error < least
+        best, least = torch.where(better, candidate, best), torch.where(better, error, least)
+    return best
+
+
+def feedback(covariance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return the order of the columns, most important first, and the upper factor U of H^(-1) = U^T U in that order.
+
+    Args:
+        covariance (`torch.Tensor` of shape `(in, in)`): H, damped, float64.
+    """
+    order = torch.argsort(covariance.diagonal(), descending=True, stable=True)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance[order][:, order]))
+    return order, torch.linalg.cholesky(inverse, upper=True)
+
+
+def round_with_feedback(
+    weight: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, order: torch.Tensor, upper: torch.Tensor
+) -> torch.Tensor:
+    """
+    Round a weight column by column, and let the columns to come make up for the error of each.
+
+    After column j the others move by -(w_j - q_j) U_jk / U_jj, which is the best answer to its error for
+    tr((W - Q) H (W - Q)^T) (GPTQ, arXiv 2210.17323, section 3).
+
+    Args:
+        weight (`torch.Tensor` of shape `(out, in)`): float32.
+        scales (`torch.Tensor` of shape `(out, in)`): of every weight, see [`spread`].
+        levels (`torch.Tensor`): ascending, of the format, in -1..1.
+        order, upper (`torch.Tensor`): of [`feedback`].
+
+    Returns:
+        `torch.Tensor` of shape `(out, in)`: indices of levels.
+    """
+    s = torch.where(scales == 0, 1.0, scales)[:, order].T.contiguous()
+    w = weight[:, order].T.contiguous()
+    u = upper.to(w)
+    codes = torch.empty_like(w, dtype=torch.int64)
+    for start in range(0, len(w), FEEDBACK_BLOCK):
+        end = min(start + FEEDBACK_BLOCK, len(w))
+        errors = torch.empty_like(w[start:end])
+        for j in range(start, end):
+            codes[j] = nearest(w[j] / s[j], levels)
+            errors[j - start] = (w[j] - levels[codes[j]] * s[j]) / u[j, j]
+            w[j + 1 : end] -= u[j, j + 1 : end, None] * errors[j - start]
+        w[end:] -= u[start:end, end:].T @ errors
+    result = torch.empty_like(codes)
+    result[order] = codes
+    return result.T.contiguous()
+
+
+def refit_scales(
+    target: torch.Tensor, units: torch.Tensor, scales: torch.Tensor, covariance: torch.Tensor, block_size: int
+) -> torch.Tensor:
+    """
+    Choose the scales that are best for given codes and all inputs at once.
+
+    Row by row, least squares of (t - s U) H (t - s U)^T over the scales s of the row's blocks, where row b of U holds
+    the levels of block b and zeros elsewhere: (U H U^T) s = U H t. A hundredth of the diagonal pulls towards the old
+    scales, which stay where a block has no level but zero.
+
+    Args:
+        target (`torch.Tensor` of shape `(out, in)`): what the scaled levels shall come near.
+        units (`torch.Tensor` of shape `(out, in)`): the level of each weight.
+        scales (`torch.Tensor` of shape `(blocks,)`): the old ones.
+        covariance (`torch.Tensor` of shape `(in, in)`): H, float64.
+        block_size (`int`): weights per scale; `in` is a multiple of it.
+
+    Returns:
+        `torch.Tensor` of shape `(blocks,)`, float32.
+    """
+    out_features, in_features = target.shape
+    blocks = in_features // block_size
+    columns = covariance.view(blocks, block_size, in_features)
+    result = torch.empty(out_features, blocks, dtype=torch.float64, device=target.device)
+    rows = max(1, REFIT_ELEMENTS // (blocks * in_features))
+    for start in range(0, out_features, rows):
+        part = slice(start, start + rows)
+        u = units[part].to(covariance).view(-1, blocks, block_size)
+        seen = torch.einsum("obi,bij->obj", u, columns)  # U H
+        normal = torch.einsum("obci,oci->obc", seen.view(len(u), blocks, blocks, block_size), u)
+        right = torch.einsum("obj,oj->ob", seen, target[part].to(covariance))
+        pull = 0.01 * normal.diagonal(dim1=1, dim2=2)
+        pull = torch.where(pull > 0, pull, 1.0)
+        normal += torch.diag_embed(pull)
+        right += pull * scales.to(covariance).view(out_features, blocks)[part]
+        result[part] = torch.linalg.solve(normal, right)
+    return result.to(scales.dtype).reshape(-1)
+
+
+def requantize(
+    layer: BackboneLayer,
+    weight: torch.Tensor,
+    covariance: torch.Tensor,
+    rank: int,
+    rounds: int = 3,
+    scale_search: bool = True,
+) -> None:
+    """
+    Give a backbone layer the codes and scales that suit a rank-r path beside it, and the path that suits them.
+
+    Coordinate descent on tr((W - Q - B A) H (W - Q - B A)^T): scales by [`search_scales`], then in each round the
+    codes of W - B A by [`round_with_feedback`], the scales by [`refit_scales`], and B A by
+    [`~hf_polarize.compensation.compensate`]. The best iterate is kept, and nothing is written if that is the layer
+    as it was. Everything is evaluated on the values as they are stored, double quantization included. A layer whose
+    rows are no whole blocks is left as it is.
+
+    Args:
+        layer ([`BackboneLayer`]): holds W, quantized; changed in place.
+        weight (`torch.Tensor` of shape `(out, in)`): W.
+        covariance (`torch.Tensor` of shape `(in, in)`): H, damped, float64.
+        rank (`int`): r.
+        rounds (`int`): of alternation; with 0 the scales alone are searched.
+        scale_search (`bool`): whether scales are chosen at all, or stay those of the format's own rounding.
+    """
+    w = weight.float()
+    levels, block = layer.levels(), layer.block_size
+    if w.shape[1] % block:
+        # blocks run on from row to row, and bitsandbytes 0.50.2 reads them by row on CPUs (backends/cpu/ops.py:175)
+        return
+    scales = layer.block_scales()
+
+    def left(quantized: torch.Tensor) -> tuple[torch.Tensor, float]:
+        return leading_path(w.double() - quantized.double(), covariance, rank)
+
+    path, least = left(layer.dequantized())
+    best = None
+    if scale_search:
+        candidates = torch.stack([layer.storable(scales * factor) for factor in SEARCHED])
+        searched = search_scales(w, scales, candidates, levels, block, covariance.diagonal())
+        codes = nearest(w / spread(torch.where(searched == 0, 1.0, searched), w.shape, block), levels)
+        new_path, remaining = left(levels[codes] * spread(searched, w.shape, block))
+        if remaining < least:
+            least, best, path, scales = remaining, (codes, searched), new_path, searched
+    if rounds:
+        order, upper = feedback(covariance)
+    for _ in range(rounds):
+        target = w - path.float()
+        codes = round_with_feedback(target, spread(scales, w.shape, block), levels, order, upper)
+        units = levels[codes]
+        if scale_search:
+            scales = layer.storable(refit_scales(target, units, scales, covariance, block))
+        path, remaining = left(units * spread(scales, w.shape, block))
+        if remaining < least:
+            least, best = remaining, (codes, scales)
+    if best is not None:
+        layer.store(*best)

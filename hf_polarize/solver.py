@@ -1,0 +1,204 @@
+"""A plan and statistics in, backbone and surrogates out, chosen on held-out data where there is a choice."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .backbone import quantize_linear, weight_matrix
+from .calibration import Statistics, layer_statistics
+from .compensation import OUTPUT_DAMPING, Compensation, LayerLoss, compensate, damped
+from .configuration import ClosedForm
+from .data import Batch
+from .evaluation import HeldOut
+from .plan import Plan
+from .quantizer import release_memory
+from .requantization import requantize
+from .sensitivity import SensitivityReport, allocate_ranks
+from .surrogate import SURROGATE, attach_surrogates, factors
+
+logger = logging.get_logger(__name__)
+
+
+@dataclasses.dataclass
+class Solutions:
+    """
+    The solved surrogates of a model, each with paths for every rank up to its largest.
+
+    Attributes:
+        one_sided (`dict[str, Compensation]`): by layer.
+        two_sided (`dict[str, Compensation]`): those that weigh output errors as well; empty where not asked for.
+        losses (`dict[str, LayerLoss]`): the predicted loss of each layer, where asked for.
+    """
+
+    one_sided: dict[str, Compensation]
+    two_sided: dict[str, Compensation]
+    losses: dict[str, LayerLoss]
+
+
+def solve(
+    plan: Plan,
+    batches: list[Batch],
+    closed_form: ClosedForm,
+    memory_limit: int,
+    seed: int = 0,
+    keep_losses: bool = False,
+) -> Solutions:
+    """Quantize each layer that isn't yet, and solve those that get a surrogate on the calibration data."""
+    found = Solutions({}, {}, {})
+    targets = {name: plan.layers[name] for name in plan.ranks}
+    largest = solved_ranks(plan, closed_form)
+
+    def finish(name: str, statistics: Statistics, h: torch.Tensor) -> None:
+        weight, layer, rank = weight_matrix(plan.layers[name]).detach(), plan.backbone[name], plan.ranks[name]
+        if closed_form.scale_search or closed_form.alternations:
+            requantize(layer, weight, h, rank, closed_form.alternations, closed_form.scale_search)
+        error = weight.double() - layer.dequantized().to(weight.device).double()
+        g = None if statistics.g is None else damped(statistics.g, OUTPUT_DAMPING)
+        found.one_sided[name] = compensate(weight, error, h, largest[name], g)
+        if closed_form.two_sided and g is not None:
+            found.two_sided[name] = compensate(weight, error, h, largest[name], g, two_sided=True)
+        if keep_losses and g is not None:
+            found.losses[name] = LayerLoss(error, h, g)
+        bar.update()
+
+    for name, module in plan.layers.items():
+        if name not in plan.backbone:
+            plan.backbone[name] = quantize_linear(module, plan.quantizer.quantization_config)
+    samples = closed_form.gradient_samples
+    with logging.tqdm(total=len(targets), desc="solving", unit="layer") as bar:
+        for part in layer_statistics(plan.original, batches, targets, memory_limit, samples, seed):
+            last = None
+            for name, statistics in part.items():
+                if statistics.h is not last:
+                    last, h = statistics.h, damped(statistics.h)
+                finish(name, statistics, h)
+        for name in set(targets) - set(found.one_sided):  # those that no token reached
+            weight = weight_matrix(targets[name])
+            eye = torch.eye(weight.shape[1], device=weight.device)
+            finish(name, Statistics(eye), damped(eye))
+    found.one_sided = {name: found.one_sided[name] for name in targets}
+    return found
+
+
+@contextmanager
+def rounded_backbone(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
+    """Run an original with the backbone that bitsandbytes makes of it inside this context, without surrogates."""
+    try:
+        for name, module in plan.layers.items():
+            model.set_submodule(name, quantize_linear(module, plan.quantizer.quantization_config))
+        yield
+    finally:
+        for name, module in plan.layers.items():
+            model.set_submodule(name, module)
+        release_memory()
+
+
+def solved_ranks(plan: Plan, closed_form: ClosedForm) -> dict[str, int]:
+    """Return up to which rank each layer is solved."""
+    if closed_form.allocation == "uniform":
+        return plan.ranks
+    return {
+        name: min(max(rank, closed_form.r_max), *weight_matrix(plan.layers[name]).shape)
+        for name, rank in plan.ranks.items()
+    }
+
+
+def truncated(solution: Compensation, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and B of a lower rank."""
+    return solution.a[:rank], solution.b[:, :rank]
+
+
+def install(model: PreTrainedModel, plan: Plan, solutions: Mapping[str, Compensation]) -> None:
+    """Put backbone and surrogates in place; if PEFT refuses the model, leave it as it was."""
+    fresh = plan.original is model
+    if fresh:
+        for name, layer in plan.backbone.items():
+            model.set_submodule(name, layer)
+        plan.quantizer.mark(model)
+    try:
+        attach(model, plan, solutions, plan.ranks)
+    except Exception:
+        model._hf_peft_config_loaded = False
+        if fresh:
+            for name, module in plan.layers.items():
+                model.set_submodule(name, module)
+            plan.quantizer.remove_quantization_config(model)
+        raise
+    plan.layers.clear()
+    release_memory()
+
+
+def attach(
+    model: PreTrainedModel, plan: Plan, solutions: Mapping[str, Compensation], ranks: Mapping[str, int]
+) -> None:
+    """Attach surrogates of these ranks."""
+    config = plan.surrogate
+    if ranks != plan.ranks:
+        others = {name: rank for name, rank in ranks.items() if rank != config.r}
+        config = dataclasses.replace(  # type: ignore[call-arg]
+            config, rank_pattern=others, alpha_pattern=dict(others), init_lora_weights=True, start="zero"
+        )
+    attach_surrogates(model, config, {name: truncated(s, ranks[name]) for name, s in solutions.items()})
+
+
+def kind(name: str) -> str:
+    """Return what kind of layer a name stands for: its last part."""
+    return name.rpartition(".")[2]
+
+
+def choose(
+    model: PreTrainedModel, plan: Plan, found: Solutions, closed_form: ClosedForm, held_out: HeldOut
+) -> tuple[dict[str, Compensation], dict[str, int], list[dict[str, object]]]:
+    """
+    Decide on held-out data which kinds of layers are two-sided, and whether allocated ranks are better.
+
+    Each choice is kept if it brings the model nearer to the original, by KL where there are logits; else the simpler
+    one stays. The model is left with the result attached.
+
+    Returns:
+        The solutions and ranks that were chosen, and for each choice what it is, the distances before and with it, and
+        whether it was kept.
+    """
+    chosen, ranks = dict(found.one_sided), dict(plan.ranks)
+    trials: list[dict[str, object]] = []
+    best = held_out.distance(model, "one-sided, uniform ranks")
+
+    def judge(what: str, distance: float) -> bool:
+        nonlocal best
+        kept = distance < best
+        trials.append({"choice": what, "before": best, "with": distance, "kept": kept})
+        best = min(best, distance)
+        return kept
+
+    def fill(values: Mapping[str, Compensation], names: list[str]) -> None:
+        pairs = factors(model)
+        for name in names:
+            for factor, value in zip(pairs[name], truncated(values[name], ranks[name]), strict=True):
+                factor.data.copy_(value)
+
+    for one in sorted({kind(name) for name in found.two_sided}):
+        names = [name for name in found.two_sided if kind(name) == one]
+        fill(found.two_sided, names)
+        if judge(f"two-sided {one}", held_out.distance(model, f"two-sided {one}")):
+            chosen.update({name: found.two_sided[name] for name in names})
+        else:
+            fill(found.one_sided, names)
+
+    if closed_form.allocation == "sensitivity":
+        report = SensitivityReport.of(chosen, ranks)
+        budget = sum(layer.rank * sum(layer.shape) for layer in report.layers)
+        allocated = {**ranks, **allocate_ranks(report.layers, budget, closed_form.r_max)}
+        model.delete_adapter(SURROGATE)
+        attach(model, plan, chosen, allocated)
+        if judge("ranks by sensitivity", held_out.distance(model, "ranks by sensitivity")):
+            ranks = allocated
+        else:
+            model.delete_adapter(SURROGATE)
+            attach(model, plan, chosen, ranks)
+    return chosen, ranks, trials

@@ -1,0 +1,356 @@
+"""PolarizeTrainer: distil the original model into the few high-precision values of a polarized one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from .backbone import backbone_layers
+from .compensation import LayerLoss
+from .distillation import (
+    HIDDEN,
+    INDICES,
+    TEACHER_COLUMNS,
+    TOP,
+    divergence,
+    divergence_of_top,
+    hidden_distance,
+    shared_head,
+)
+from .formats import BackboneLinear4bit
+from .surrogate import core_model, factors
+
+PARTS = ("surrogate", "scales", "norms", "biases")
+"""What can be trained. All of it is in the checkpoint anyway, and every reader loads it."""
+
+
+def trainable_parameters(model: nn.Module, parts: Sequence[str] = ("surrogate",)) -> dict[str, list[nn.Parameter]]:
+    """
+    Make chosen parts of a polarized model trainable, and everything else not.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): polarized.
+        parts (`Sequence[str]`): of `"surrogate"` (A and B), `"scales"` (the block scales of an NF4 backbone),
+            `"norms"` (weights and biases of the normalization layers) and `"biases"` (of the backbone's layers).
+
+    Returns:
+        `dict[str, list[nn.Parameter]]`: the parameters of each part; empty where the model has none.
+
+    Raises:
+        ValueError: If a part is unknown, or the model has none of all.
+    """
+    unknown = [part for part in parts if part not in PARTS]
+    if unknown or not parts:
+        raise ValueError(f"train takes any of {', '.join(PARTS)}; got {list(parts)!r}")
+    core = core_model(model)
+    core.requires_grad_(False)
+    layers = [layer for _, layer in backbone_layers(core)]
+    found: dict[str, list[nn.Parameter]] = {part: [] for part in parts}
+    if "surrogate" in found:
+        found["surrogate"] = [factor for pair in factors(core).values() for factor in pair]
+    if "scales" in found:
+        found["scales"] = [layer.free_scales() for layer in layers if isinstance(layer, BackboneLinear4bit)]
+    if "norms" in found:
+        found["norms"] = [
+            parameter
+            for module in core.modules()
+            if "norm" in type(module).__name__.lower()
+            for parameter in module.parameters(recurse=False)
+        ]
+    if "biases" in found:
+        found["biases"] = [layer.bias for layer in layers if layer.bias is not None]
+    for parameters in found.values():
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+    if not any(found.values()):
+        raise ValueError(f"the model has nothing to train in {list(parts)}")
+    return found
+
+
+def freeze(model: nn.Module) -> None:
+    """Put trained block scales back into the format and leave the surrogates alone trainable."""
+    core = core_model(model)
+    for _, layer in backbone_layers(core):
+        if isinstance(layer, BackboneLinear4bit):
+            layer.fix_scales()
+    core.requires_grad_(False)
+    for pair in factors(core).values():
+        for factor in pair:
+            factor.requires_grad_(True)
+
+
+class PolarizeTrainer(Trainer):
+    """
+    A `transformers.Trainer` that distils the original model into a polarized one.
+
+    The loss is `kl_weight` KL(original || model) per token + `hidden_weight` relative squared distance of the final
+    hidden states + `layer_weight` predicted loss of all layers (see [`~hf_polarize.compensation.LayerLoss`]). A model
+    without logits has no KL, and the distance of its hidden states takes its place.
+
+    The original's part comes with the data (see [`~hf_polarize.distillation.teacher_dataset`]), so it need not be in
+    memory; or give it as `original` and train on any data set of model inputs. `eval_loss` is the first two terms on
+    the evaluation data: with `EarlyStoppingCallback` and `load_best_model_at_end` training ends before it overfits.
+    Dropout is off, as it was for the original.
+    All else is Trainer's own: accumulation, precision, resuming, `report_to`, processes.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): polarized.
+        args (`TrainingArguments`): `learning_rate` is that of the surrogates. Columns of the data are never removed.
+        train (`Sequence[str]`, defaults to `("surrogate",)`): see [`trainable_parameters`].
+        original (`PreTrainedModel`, *optional*): for data without the original's outputs.
+        kl_weight, hidden_weight, layer_weight (`float`): of the three terms.
+        layer_losses (`Mapping[str, LayerLoss]`, *optional*): by layer name, for `layer_weight`.
+        rates (`Mapping[str, float]`, *optional*): learning rate of a part as a multiple of the surrogates'.
+        **kwargs: Trainer's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        *,
+        train: Sequence[str] = ("surrogate",),
+        original: PreTrainedModel | None = None,
+        kl_weight: float = 1.0,
+        hidden_weight: float = 0.0,
+        layer_weight: float = 0.0,
+        layer_losses: Mapping[str, LayerLoss] | None = None,
+        rates: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if layer_weight and not layer_losses:
+            raise ValueError("layer_weight needs layer_losses: the statistics of a calibration")
+        self.parts = trainable_parameters(model, train)
+        self.original = original.eval() if original is not None else None
+        self.weights = {"kl": kl_weight, "hidden": hidden_weight, "layer": layer_weight}
+        self.layer_losses = dict(layer_losses or {})
+        self.rates = {"scales": 0.1, "norms": 1.0, "biases": 1.0, **(rates or {})}
+        args.remove_unused_columns = False
+        super().__init__(model, args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over windows of one size
+        self.label_names: list[str] = []
+        self.can_return_loss = True
+
+    optimizer: torch.optim.Optimizer | None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            rate = self.args.learning_rate
+            groups = [
+                {"params": parameters, "lr": rate * self.rates.get(part, 1.0), "weight_decay": self.args.weight_decay}
+                for part, parameters in self.parts.items()
+                if parameters
+            ]
+            optimizer: torch.optim.Optimizer = cls(groups, **options)
+            self.optimizer = optimizer
+        return self.optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with without_dropout(core_model(self.model)):
+            return super().train(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        inputs = dict(inputs)
+        teacher = {key: inputs.pop(key) for key in TEACHER_COLUMNS if key in inputs}
+        inputs.pop("labels", None)
+        core = core_model(self.accelerator.unwrap_model(model))
+        head = shared_head(core)
+        if not teacher:
+            teacher = self._ask_original(inputs, head is not None)
+        with final_states(core) as states:
+            few_logits = {"logits_to_keep": 1, "use_cache": False} if head is not None and HIDDEN in teacher else {}
+            outputs = model(**inputs, **few_logits)
+        if HIDDEN in teacher and head is None and "logits" in outputs:
+            raise ValueError(
+                "the model's output embedding is not the original's, so that hidden states don't give the original's "
+                "logits: make the data with teacher_dataset(original, batches, top_k=128)"
+            )
+        if head is not None and HIDDEN in teacher:
+            hidden, theirs = states[-1].flatten(0, -2), teacher[HIDDEN].flatten(0, -2).to(states[-1].device)
+            loss = self.weights["kl"] * divergence(hidden, theirs, head)
+            if self.weights["hidden"]:
+                loss = loss + self.weights["hidden"] * hidden_distance(hidden, theirs)
+        elif HIDDEN in teacher:
+            loss = hidden_distance(outputs.last_hidden_state, teacher[HIDDEN])
+        else:
+            logits = outputs.logits if outputs.logits.dim() == 3 else outputs.logits[:, None]
+            loss = divergence_of_top(logits.flatten(0, 1), teacher[TOP].flatten(0, 1), teacher[INDICES].flatten(0, 1))
+        if self.weights["layer"] and model.training:
+            pairs = factors(core)
+            loss = loss + self.weights["layer"] * sum(
+                layer(*pairs[name]) for name, layer in self.layer_losses.items() if name in pairs
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _ask_original(self, inputs: dict[str, Any], hidden: bool) -> dict[str, torch.Tensor]:
+        if self.original is None:
+            raise ValueError(
+                "the data holds no outputs of the original model: make it with teacher_dataset(original, batches), "
+                "or give PolarizeTrainer the original"
+            )
+        moved = {key: value.to(self.original.device) for key, value in inputs.items()}
+        if hidden:
+            return {HIDDEN: self.original.base_model(**moved, use_cache=False).last_hidden_state}
+        result = self.original(**moved)
+        if "logits" not in result:
+            return {HIDDEN: result.last_hidden_state}
+        logits = result.logits if result.logits.dim() == 3 else result.logits[:, None]
+        log_p = torch.log_softmax(logits.float(), dim=-1)
+        return {TOP: log_p, INDICES: torch.arange(log_p.shape[-1], device=log_p.device).expand_as(log_p)}
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Train without dropout inside this context: the original's outputs were made without it."""
+    changed = []
+    for module in model.modules():
+        names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else list(vars(module))
+        for name in names:
+            value = getattr(module, name)
+            if (name == "p" or name.endswith("dropout")) and isinstance(value, float) and value:
+                changed.append((module, name, value))
+                setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in changed:
+            setattr(module, name, value)
+
+
+@contextmanager
+def final_states(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Collect the final hidden states of the base model's forward passes."""
+    states: list[torch.Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda module, args, output: states.append(output[0]))
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Tell whether a device multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def distill(
+    model: nn.Module,
+    data: Any,
+    held_out: Any,
+    folder: str | Path,
+    *,
+    train: Sequence[str] = ("surrogate",),
+    learning_rate: float = 5e-4,
+    batch_size: int = 8,
+    micro_batch_size: int = 8,
+    epochs: float = 1.0,
+    hidden_weight: float = 0.0,
+    layer_weight: float = 0.0,
+    layer_losses: Mapping[str, LayerLoss] | None = None,
+    evaluations: int = 8,
+    patience: int = 3,
+    bf16: bool | None = None,
+    seed: int = 0,
+    resume: bool = False,
+) -> dict[str, Any]:
+    """
+    Train a polarized model with [`PolarizeTrainer`] and good defaults, and keep the step that is best held out.
+
+    AdamW with a cosine schedule; fresh data counts for more than further passes over it.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): polarized; trained in place.
+        data, held_out (`datasets.Dataset`): of [`~hf_polarize.distillation.teacher_dataset`].
+        folder (`str` or `Path`): for checkpoints, from which `resume` goes on.
+        train (`Sequence[str]`): see [`trainable_parameters`].
+        learning_rate (`float`, defaults to 5e-4): of the surrogates, at its peak.
+        batch_size (`int`, defaults to 8): samples per step.
+        micro_batch_size (`int`, defaults to 8): samples in memory at a time.
+        epochs (`float`, defaults to 1): passes over the data.
+        hidden_weight, layer_weight (`float`), layer_losses (`Mapping[str, LayerLoss]`): see [`PolarizeTrainer`].
+        evaluations (`int`, defaults to 8): evaluations on the held-out data, and checkpoints.
+        patience (`int`, defaults to 3): evaluations without a gain after which training stops.
+        bf16 (`bool`, *optional*): mixed precision; where the device is fast in it if left out.
+        seed (`int`, defaults to 0): of the order of the data.
+        resume (`bool`, defaults to `False`): go on from the last checkpoint in the folder, if there is one.
+
+    Returns:
+        `dict` with `start` and `end`, the held-out distances; `shares`, by how much the distance would be greater with
+        a trained part put back to where it started; `steps`; and `history`, the losses that were logged.
+    """
+    core = core_model(model)
+    steps = max(1, math.ceil(len(data) * epochs / batch_size))
+    every = max(1, steps // evaluations)
+    micro = min(micro_batch_size, batch_size)
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=micro, per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=-(-batch_size // micro), max_steps=steps, learning_rate=learning_rate,
+        lr_scheduler_type="cosine", warmup_steps=max(1, steps // 20), weight_decay=0.0, adam_beta2=0.95,
+        max_grad_norm=1.0, eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every,
+        save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
+        logging_steps=max(1, every // 4), report_to=[], seed=seed, use_cpu=core.device.type == "cpu",
+        bf16=bfloat16_is_fast(core.device) if bf16 is None else bf16, dataloader_drop_last=len(data) >= batch_size,
+    )  # fmt: skip
+    trainer = PolarizeTrainer(
+        model, arguments, train=train, hidden_weight=hidden_weight, layer_weight=layer_weight,
+        layer_losses=layer_losses, train_dataset=data, eval_dataset=held_out,
+        callbacks=[EarlyStoppingCallback(patience)],
+    )  # fmt: skip
+    before = {part: [p.detach().clone() for p in parameters] for part, parameters in trainer.parts.items()}
+    start = trainer.evaluate()["eval_loss"]
+    checkpoint = get_last_checkpoint(str(folder)) if resume and Path(folder).is_dir() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    end = trainer.evaluate()["eval_loss"]
+    if end > start:  # not one step was better
+        _swap(trainer.parts, before)
+        end = start
+    shares = {}
+    for part in trainer.parts if len(trainer.parts) > 1 else ():
+        _swap({part: trainer.parts[part]}, before)
+        shares[part] = trainer.evaluate()["eval_loss"] - end
+        _swap({part: trainer.parts[part]}, before)
+    freeze(model)
+    core.eval()
+    return {
+        "start": start,
+        "end": end,
+        "shares": shares,
+        "steps": trainer.state.global_step,
+        "samples": len(data),
+        "train": list(train),
+        "learning_rate": learning_rate,
+        "history": trainer.state.log_history,
+    }
+
+
+def _swap(parts: Mapping[str, list[nn.Parameter]], others: Mapping[str, list[torch.Tensor]]) -> None:
+    """Exchange the values of parameters with others."""
+    for part, parameters in parts.items():
+        for parameter, other in zip(parameters, others[part], strict=True):
+            value = parameter.detach().clone()
+            parameter.data.copy_(other)
+            other.copy_(value)

@@ -1,0 +1,166 @@
+"""Other codes and scales inside the formats: exact storage, never worse, and better than rounding alone."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from torch import nn
+
+from hf_polarize import PolarizeConfig
+from hf_polarize.backbone import quantize_linear
+from hf_polarize.compensation import compensate, damped
+from hf_polarize.requantization import (
+    feedback,
+    nearest,
+    refit_scales,
+    requantize,
+    round_with_feedback,
+    search_scales,
+    spread,
+)
+
+CONFIGS = {
+    "nf4": PolarizeConfig("nf4"),
+    "nf4-double": PolarizeConfig("nf4", double_quant=True),
+    "int8": PolarizeConfig("int8"),
+}
+
+
+def problem(config, out_features=96, in_features=128, seed=0, bias=True):
+    torch.manual_seed(seed)
+    linear = nn.Linear(in_features, out_features, bias=bias)
+    linear.weight.data.mul_(1 + linear.weight.data.abs() / linear.weight.data.std())
+    x = torch.randn(2000, in_features) @ torch.randn(in_features, in_features)
+    config = CONFIGS[config]
+    config.resolve(torch.float32)
+    return linear, quantize_linear(linear, config), damped(x.T @ x / len(x)), x
+
+
+def left(linear, layer, h, rank):
+    error = linear.weight.detach().double() - layer.dequantized().double()
+    return compensate(linear.weight.detach(), error, h, rank).error_after
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_what_is_stored_is_what_comes_back(config):
+    linear, layer, _, _ = problem(config)
+    torch.manual_seed(1)
+    levels = layer.levels()
+    codes = torch.randint(len(levels), linear.weight.shape)
+    scales = layer.storable(layer.block_scales() * (0.8 + 0.2 * torch.rand(len(layer.block_scales()))))
+    layer.store(codes, scales)
+    expected = levels[codes] * spread(scales, linear.weight.shape, layer.block_size)
+    torch.testing.assert_close(layer.dequantized(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(layer.block_scales(), scales, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_its_own_values_stored_again_change_nothing(config):
+    linear, layer, _, _ = problem(config)
+    before = layer.dequantized()
+    scales = layer.block_scales()
+    codes = nearest(before / spread(scales, linear.weight.shape, layer.block_size), layer.levels())
+    layer.store(codes, scales)
+    torch.testing.assert_close(layer.dequantized(), before, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("shape", [(96, 128), (128, 192), (32, 64)])
+def test_requantizing_leaves_less_of_the_error(config, shape):
+    linear, layer, h, _ = problem(config, *shape)
+    before = left(linear, layer, h, rank=4)
+    requantize(layer, linear.weight.detach(), h, rank=4)
+    after = left(linear, layer, h, rank=4)
+    assert after < (0.9 if config != "int8" else 0.999) * before
+
+
+def test_rows_that_are_no_whole_blocks_stay_as_bitsandbytes_makes_them():
+    linear, layer, h, _ = problem("nf4", 128, 96)
+    before = layer.dequantized()
+    requantize(layer, linear.weight.detach(), h, rank=4)
+    assert torch.equal(layer.dequantized(), before)
+
+
+@pytest.mark.parametrize("config", ["nf4", "int8"])
+def test_the_layer_multiplies_with_the_new_values(config):
+    linear, layer, h, x = problem(config)
+    requantize(layer, linear.weight.detach(), h, rank=4)
+    layer.train()
+    y = layer(x[:50])
+    expected = x[:50] @ layer.dequantized().T + linear.bias
+    # INT8 rounds its inputs to 8 bits per token
+    tolerance = 1e-4 if config == "nf4" else 2e-2
+    assert float((y - expected).norm() / expected.norm()) < tolerance
+
+
+def test_a_search_that_finds_nothing_better_keeps_the_scales():
+    linear, layer, h, _ = problem("nf4")
+    scales = layer.block_scales()
+    far = torch.stack([scales * 5, scales * 0.1])
+    assert torch.equal(search_scales(linear.weight.data, scales, far, layer.levels(), 64, h.diagonal()), scales)
+
+
+def test_searched_scales_are_the_best_of_the_candidates():
+    linear, layer, h, _ = problem("nf4", 8, 128)
+    w, scales, levels = linear.weight.data, layer.block_scales(), layer.levels()
+    candidates = torch.stack([scales * factor for factor in (0.7, 0.8, 0.9, 1.1)])
+    found = search_scales(w, scales, candidates, levels, 64, h.diagonal())
+
+    def costs(s):
+        q = levels[nearest(w / spread(s, w.shape, 64), levels)] * spread(s, w.shape, 64)
+        return ((q - w).double().square() * h.diagonal()).view(-1, 64).sum(1)
+
+    every = torch.stack([costs(scales), *(costs(s) for s in candidates)])
+    torch.testing.assert_close(costs(found), every.min(0).values, rtol=1e-5, atol=0)
+
+
+def test_feedback_beats_rounding_to_nearest():
+    linear, layer, h, x = problem("nf4")
+    w, levels = linear.weight.data, layer.levels()
+    s = spread(layer.block_scales(), w.shape, 64)
+    order, upper = feedback(h)
+    codes = round_with_feedback(w, s, levels, order, upper)
+    plain = levels[nearest(w / s, levels)] * s
+    assert (x @ (w - levels[codes] * s).T).norm() < 0.8 * (x @ (w - plain).T).norm()
+
+
+def test_feedback_with_independent_inputs_is_rounding_to_nearest():
+    linear, layer, _, _ = problem("nf4")
+    w, levels = linear.weight.data, layer.levels()
+    s = spread(layer.block_scales(), w.shape, 64)
+    order, upper = feedback(torch.diag(torch.rand(w.shape[1], dtype=torch.float64) + 0.5))
+    assert torch.equal(round_with_feedback(w, s, levels, order, upper), nearest(w / s, levels))
+
+
+def test_refitted_scales_are_the_least_squares_solution():
+    linear, layer, h, _ = problem("nf4", 8, 128)
+    w, levels = linear.weight.data, layer.levels()
+    units = levels[nearest(w / spread(layer.block_scales(), w.shape, 64), levels)]
+    found = refit_scales(w, units, layer.block_scales(), h, 64)
+    root = torch.linalg.cholesky(h)
+    for row in range(8):
+        columns = torch.stack([(units[row] * (torch.arange(128) // 64 == b)).double() @ root for b in range(2)], 1)
+        # the pull towards the old scales as two more equations
+        pull = (0.01 * columns.square().sum(0)).sqrt().diag()
+        old = layer.block_scales()[2 * row : 2 * row + 2].double()
+        a = torch.cat([columns, pull])
+        b = torch.cat([w[row].double() @ root, pull @ old])
+        expected = torch.linalg.lstsq(a, b[:, None]).solution[:, 0]
+        torch.testing.assert_close(found[2 * row : 2 * row + 2].double(), expected, rtol=1e-5, atol=1e-8)
+
+
+def test_the_same_input_gives_the_same_bytes():
+    layers = []
+    for _ in range(2):
+        linear, layer, h, _ = problem("nf4-double")
+        requantize(layer, linear.weight.detach(), h, rank=4)
+        layers.append(layer.state_dict())
+    assert all(torch.equal(value, layers[1][key]) for key, value in layers[0].items())
+
+
+def test_codes_are_packed_as_bitsandbytes_packs_them():
+    torch.manual_seed(0)
+    w = torch.randn(4, 128)
+    packed, state = bnb.functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
+    _, layer, _, _ = problem("nf4", 4, 128)
+    layer.store(nearest(w / spread(state.absmax, w.shape, 64), layer.levels()), state.absmax)
+    assert torch.equal(layer.weight.data.view(-1), packed.view(-1))

@@ -1,0 +1,105 @@
+"""Scores and ranks: the allocation against brute force, the report against the solutions."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import tiny_inputs, tiny_model
+
+from hf_polarize import PolarizeConfig, SurrogateConfig, polarize
+from hf_polarize.configuration import ClosedForm
+from hf_polarize.sensitivity import LayerSensitivity, allocate_ranks, rank_correlation
+from hf_polarize.surrogate import factors
+
+
+def layers(seed, count=4, paths=3):
+    torch.manual_seed(seed)
+    result = []
+    for i in range(count):
+        gains = torch.rand(paths).sort(descending=True).values.tolist()
+        result.append(LayerSensitivity(f"l{i}", (10, 10), 1, sum(gains) + 0.1, gains))
+    return result
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_other_allocation_of_as_many_parameters_wins_more(seed):
+    problem = layers(seed)
+    budget = 20 * 7
+    ranks = allocate_ranks(problem, budget, r_max=3)
+
+    def won(choice):
+        return sum(sum(layer.gains[:rank]) for layer, rank in zip(problem, choice, strict=True))
+
+    best = max(won(c) for c in itertools.product((1, 2, 3), repeat=4) if 20 * sum(c) <= budget)
+    assert 20 * sum(ranks.values()) <= budget
+    assert won(ranks.values()) == pytest.approx(best)
+
+
+def test_ranks_stay_within_their_limits():
+    problem = layers(0, paths=8)
+    ranks = allocate_ranks(problem, 10**6, r_max=5)
+    assert set(ranks.values()) == {5}
+    with pytest.raises(ValueError, match="less than the 80 of rank 1"):
+        allocate_ranks(problem, 79, r_max=5)
+
+
+def test_spearman():
+    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
+    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+
+
+@pytest.fixture(scope="module")
+def polarized():
+    model = tiny_model("llama-untied")
+    batches = [tiny_inputs(model, n=8, seed=seed) for seed in range(3)]
+    closed_form = ClosedForm(two_sided=True, allocation="sensitivity", r_max=12, gradient_samples=8, held_out=8)
+    return polarize(model, batches, PolarizeConfig("nf4"), SurrogateConfig(r=4), closed_form)
+
+
+def test_choices_are_kept_only_if_held_out_data_says_so(polarized):
+    trials = polarized.polarization["provenance"]["choices"]
+    assert [trial["choice"] for trial in trials][-1] == "ranks by sensitivity"
+    assert {trial["choice"] for trial in trials} >= {"two-sided q_proj", "two-sided down_proj"}
+    for before, after in itertools.pairwise(trials):
+        assert after["before"] == (before["with"] if before["kept"] else before["before"])
+    assert all(trial["kept"] == (trial["with"] < trial["before"]) for trial in trials)
+
+
+def test_allocated_surrogates_take_no_more_bytes_than_uniform_ones(polarized):
+    pairs = factors(polarized).values()
+    spent = sum(a.numel() + b.numel() for a, b in pairs)
+    assert spent <= sum(4 * (a.shape[1] + b.shape[0]) for a, b in pairs)
+    ranks = {name: len(a) for name, (a, _) in factors(polarized).items()}
+    assert ranks == {name: layer["rank"] for name, layer in polarized.polarization["layers"].items()}
+    assert ranks == {layer.name: layer.rank for layer in polarized.sensitivity.layers}
+
+
+def test_the_report_is_a_table_a_file_and_a_picture(polarized, tmp_path):
+    report = polarized.sensitivity
+    report.save(tmp_path / "sensitivity.json")
+    rows = json.loads((tmp_path / "sensitivity.json").read_text())["layers"]
+    assert len(rows) == 14 and all(0 < row["after"] < row["before"] for row in rows)
+    assert report.table().count("\n") == 2 + 14
+    report.plot(tmp_path / "sensitivity.png")
+    assert (tmp_path / "sensitivity.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"allocation": "best"}, "allocation must be one of"),
+        ({"alternations": -1}, "alternations must be at least 0"),
+        ({"two_sided": True, "gradient_samples": 0}, "need gradient_samples"),
+        ({"allocation": "sensitivity", "held_out": 0}, "need gradient_samples and held_out"),
+    ],
+)
+def test_bad_switches_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ClosedForm(**kwargs)
+
+
+def test_too_little_data_to_hold_some_out_is_refused():
+    model = tiny_model("llama-untied")
+    with pytest.raises(ValueError, match="keeps 8 samples back, and the calibration data has 4"):
+        polarize(model, [tiny_inputs(model)], closed_form=ClosedForm(two_sided=True))

@@ -1,0 +1,253 @@
+"""Distillation: losses against their definitions, and a trainer that trains what it is told to and nothing else."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import output, tiny_inputs, tiny_model
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainingArguments
+
+from hf_polarize import PolarizeConfig, SurrogateConfig, polarize, save_polarized
+from hf_polarize.backbone import backbone_layers
+from hf_polarize.configuration import ClosedForm
+from hf_polarize.data import split
+from hf_polarize.distillation import (
+    HIDDEN,
+    INDICES,
+    TOP,
+    divergence,
+    divergence_of_top,
+    hidden_distance,
+    shared_head,
+    teacher_dataset,
+)
+from hf_polarize.formats import BackboneLinear4bit
+from hf_polarize.surrogate import factors
+from hf_polarize.training import PolarizeTrainer, distill, freeze, trainable_parameters
+
+PLAIN = ClosedForm(scale_search=False, alternations=0, gradient_samples=0)
+
+
+def windows(n=24, seed=1):
+    return tiny_inputs(tiny_model("llama-untied"), n=n, seed=seed)["input_ids"]
+
+
+def make(tmp_path, family="llama-untied", config=None, closed_form=PLAIN, **kwargs):
+    """Return a polarized model, and the outputs of its original on data and held-out data."""
+    model = tiny_model(family)
+    data, held_out = (
+        teacher_dataset(model, split(windows(n, seed), 4, model), tmp_path, **kwargs) for n, seed in ((24, 1), (8, 2))
+    )
+    polarize(model, [tiny_inputs(model)], config or PolarizeConfig("nf4"), SurrogateConfig(r=4), closed_form)
+    return model, data, held_out
+
+
+def arguments(folder, **kwargs):
+    return TrainingArguments(
+        output_dir=str(folder), report_to=[], seed=0, use_cpu=True, disable_tqdm=True, logging_steps=2,
+        **{"per_device_train_batch_size": 4, "learning_rate": 2e-3, "max_steps": 12, "save_steps": 6, **kwargs},
+    )  # fmt: skip
+
+
+def test_divergence_and_its_gradient_are_those_of_the_whole():
+    torch.manual_seed(0)
+    weight = torch.randn(50, 16, dtype=torch.float64)
+    hidden = torch.randn(700, 16, dtype=torch.float64, requires_grad=True)  # three chunks, the last one short
+    teacher = torch.randn(700, 16, dtype=torch.float64)
+    ours = divergence(hidden, teacher, lambda x: x @ weight.T)
+    (gradient,) = torch.autograd.grad(3 * ours, hidden)
+    log_p, log_q = ((x @ weight.T).log_softmax(-1) for x in (teacher, hidden))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    (expected_gradient,) = torch.autograd.grad(3 * expected, hidden)
+    assert float(ours) == pytest.approx(float(expected), rel=1e-5)  # the head works in float32
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-7)
+
+
+def test_divergence_of_top_classes_is_exact_with_all_and_a_lower_bound_with_few():
+    torch.manual_seed(0)
+    p, q = torch.randn(2, 40, 30)
+    exact = F.kl_div(q.log_softmax(-1), p.log_softmax(-1), log_target=True, reduction="batchmean")
+    last = 0.0
+    for k in (3, 10, 29, 30):
+        top = p.log_softmax(-1).topk(k)
+        value = float(divergence_of_top(q, top.values, top.indices))
+        assert last - 1e-5 < value <= float(exact) + 1e-5
+        last = value
+    assert last == pytest.approx(float(exact), rel=1e-5)
+
+
+def test_hidden_distance_is_relative():
+    torch.manual_seed(0)
+    theirs = torch.randn(9, 5)
+    assert float(hidden_distance(theirs * 1.1, theirs)) == pytest.approx(0.01, rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama-untied", "gpt2", "bert", "bert-mlm", "vit", "t5"])
+def test_the_original_is_kept_on_disk_for_every_family(family, tmp_path):
+    model = tiny_model(family)
+    batch = tiny_inputs(model, n=3)
+    data = teacher_dataset(model, [batch], tmp_path)
+    assert len(data) == 3 and list(tmp_path.rglob("*.arrow"))
+    columns = data[:]
+    for key, value in batch.items():
+        assert torch.equal(columns[key], value)
+    theirs = output(model, batch)
+    if HIDDEN in columns:
+        head = shared_head(model)
+        ours = columns[HIDDEN] if head is None else head(columns[HIDDEN])
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    else:
+        log_p = theirs.log_softmax(-1).view(3, -1, theirs.shape[-1])
+        torch.testing.assert_close(columns[TOP], log_p.gather(-1, columns[INDICES].long()), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"top_k": 16}])
+def test_distilling_brings_the_model_nearer_and_trains_surrogates_alone(tmp_path, kwargs):
+    model, data, held_out = make(tmp_path, **kwargs)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    record = distill(
+        model, data, held_out, tmp_path / "run", epochs=4, learning_rate=3e-3, batch_size=4, bf16=False, patience=9
+    )
+    assert record["end"] < 0.9 * record["start"]
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed and all(".lora_A." in key or ".lora_B." in key for key in changed)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_scales_and_norms_are_trained_inside_the_format(tmp_path, double_quant):
+    model, data, held_out = make(tmp_path, config=PolarizeConfig("nf4", double_quant=double_quant))
+    record = distill(
+        model, data, held_out, tmp_path / "run", train=["surrogate", "scales", "norms"], epochs=4,
+        learning_rate=3e-3, batch_size=4, bf16=False, patience=9,
+    )  # fmt: skip
+    assert record["end"] < record["start"] and set(record["shares"]) == {"surrogate", "scales", "norms"}
+    assert all(layer.free is None for _, layer in backbone_layers(model))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained and all(".lora_" in name for name in trained)
+    # what was trained is what a reader gets
+    again = AutoModelForCausalLM.from_pretrained(save_polarized(model, tmp_path / "saved"))
+    inputs = tiny_inputs(model)
+    assert torch.equal(output(again, inputs), output(model, inputs))
+
+
+def test_the_gradient_of_a_scale_is_that_of_the_dequantized_weight():
+    from torch import nn
+
+    from hf_polarize.backbone import quantize_linear
+
+    torch.manual_seed(0)
+    config = PolarizeConfig("nf4")
+    config.resolve(torch.float32)
+    layer = quantize_linear(nn.Linear(128, 24), config).train()
+    x = torch.randn(5, 3, 128, requires_grad=True)
+    scales = layer.free_scales()
+    target = torch.randn(5, 3, 24)
+    ours = torch.autograd.grad((layer(x) * target).sum(), [x, scales])
+    units = layer._scaled(torch.ones_like(scales))
+    free = scales.detach().clone().requires_grad_()
+    weight = units * free.repeat_interleave(64).view_as(units)
+    expected = torch.autograd.grad((F.linear(x, weight, layer.bias) * target).sum(), [x, free])
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_accumulating_gradients_is_a_larger_batch(tmp_path):
+    results = []
+    for size, steps in ((8, 1), (2, 4)):
+        model, data, _ = make(tmp_path)
+        run = PolarizeTrainer(
+            model,
+            arguments(
+                tmp_path / "run", per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=3
+            ),
+            train_dataset=data,
+        )
+        run.train()
+        results.append(factors(model))
+    for name, pair in results[0].items():
+        for one, other in zip(pair, results[1][name], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("train", [["surrogate"], ["surrogate", "scales", "norms"]])
+def test_resuming_gives_the_same_model_as_training_through(tmp_path, train):
+    results = []
+    for resume in (None, str(tmp_path / "run" / "checkpoint-6")):
+        model, data, _ = make(tmp_path)
+        run = PolarizeTrainer(model, arguments(tmp_path / "run"), train=train, train_dataset=data)
+        run.train(resume_from_checkpoint=resume)
+        freeze(model)
+        results.append({**model.state_dict()})
+    for key, value in results[0].items():
+        torch.testing.assert_close(value, results[1][key], msg=key)
+
+
+def test_training_stops_when_held_out_text_gains_nothing(tmp_path):
+    model, data, held_out = make(tmp_path)
+    run = PolarizeTrainer(
+        model,
+        arguments(
+            tmp_path / "run", max_steps=60, eval_strategy="steps", eval_steps=2, save_steps=2,
+            load_best_model_at_end=True, metric_for_best_model="eval_loss",
+            greater_is_better=True,  # every evaluation is worse than the one before
+        ),
+        train_dataset=data, eval_dataset=held_out, callbacks=[EarlyStoppingCallback(2)],
+    )  # fmt: skip
+    run.train()
+    assert run.state.global_step < 60
+
+
+def test_a_training_that_only_does_harm_leaves_the_closed_form(tmp_path):
+    model, data, held_out = make(tmp_path)
+    before = {name: (a.clone(), b.clone()) for name, (a, b) in factors(model).items()}
+    record = distill(model, data, held_out, tmp_path / "run", learning_rate=10.0, bf16=False, patience=1)
+    assert record["end"] == record["start"]
+    for name, pair in factors(model).items():
+        assert all(torch.equal(x, y) for x, y in zip(pair, before[name], strict=True))
+
+
+def test_the_original_may_stay_in_memory_instead(tmp_path):
+    model, data, _ = make(tmp_path)
+    losses = []
+    for original, rows in ((None, data), (tiny_model("llama-untied"), data.remove_columns(HIDDEN))):
+        run = PolarizeTrainer(model, arguments(tmp_path / "run"), original=original, eval_dataset=rows)
+        losses.append(run.evaluate()["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    with pytest.raises(ValueError, match="no outputs of the original model"):
+        PolarizeTrainer(model, arguments(tmp_path / "run"), eval_dataset=data.remove_columns(HIDDEN)).evaluate()
+
+
+def test_hidden_and_layer_terms_add_to_the_loss(tmp_path):
+    model, data, held_out = make(tmp_path, closed_form=ClosedForm(scale_search=False, alternations=0))
+    fresh = tiny_model("llama-untied")
+    polarize(
+        fresh, [tiny_inputs(fresh)], PolarizeConfig("nf4"), SurrogateConfig(r=4),
+        ClosedForm(scale_search=False, alternations=0, gradient_samples=4), keep_layer_losses=True,
+    )  # fmt: skip
+    assert set(fresh.layer_losses) == set(factors(fresh))
+    record = distill(
+        fresh, data, held_out, tmp_path / "run", hidden_weight=0.1, layer_weight=1.0,
+        layer_losses=fresh.layer_losses, epochs=2, learning_rate=1e-3, batch_size=4, bf16=False,
+    )  # fmt: skip
+    assert record["end"] < record["start"]
+    with pytest.raises(ValueError, match="layer_weight needs layer_losses"):
+        PolarizeTrainer(model, arguments(tmp_path / "run"), layer_weight=1.0)
+
+
+def test_unknown_parts_are_refused(tmp_path):
+    model, _, _ = make(tmp_path)
+    with pytest.raises(ValueError, match=r"any of surrogate, scales, norms, biases; got \['scale'\]"):
+        trainable_parameters(model, ["scale"])
+    assert all(layer.free is None for _, layer in backbone_layers(model) if isinstance(layer, BackboneLinear4bit))
+
+
+@pytest.mark.parametrize("family", ["bert", "vit", "bert-mlm", "gpt2"])
+def test_other_families_are_distilled_as_well(family, tmp_path):
+    model = tiny_model(family)
+    batches = [tiny_inputs(model, n=4, seed=seed) for seed in range(4)]
+    data, held_out = (teacher_dataset(model, part, tmp_path) for part in (batches[:3], batches[3:]))
+    polarize(model, batches[:1], PolarizeConfig("nf4"), SurrogateConfig(r=4), PLAIN)
+    record = distill(
+        model, data, held_out, tmp_path / "run", train=["surrogate", "biases"], epochs=6, learning_rate=2e-3,
+        batch_size=4, bf16=False, patience=9,
+    )  # fmt: skip
+    assert record["end"] < record["start"]
