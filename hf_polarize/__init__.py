@@ -3,18 +3,26 @@
 from importlib.metadata import version
 
 from .checkpoint import save_polarized
-from .configuration import PolarizeConfig, SurrogateConfig
+from .configuration import ClosedForm, PolarizeConfig, SurrogateConfig
+from .data import calibration_batches
+from .distillation import teacher_dataset
 from .hub import push_polarized
 from .polarization import polarize
 from .surrogate import backbone_only, merge_surrogates
+from .training import PolarizeTrainer, distill
 
 __version__ = version("hf-polarize")
 __all__ = [
+    "ClosedForm",
     "PolarizeConfig",
+    "PolarizeTrainer",
     "SurrogateConfig",
     "backbone_only",
+    "calibration_batches",
+    "distill",
     "merge_surrogates",
     "polarize",
     "push_polarized",
     "save_polarized",
+    "teacher_dataset",
 ]

@@ -27,6 +27,15 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("recipe", help="YAML file")
     run.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file")
 
+    compare = commands.add_parser(
+        "compare",
+        help="measure every method side by side",
+        description="Measure LoRC, LoftQ, LQER, QERA and ours on the model of a recipe. It goes on where it was "
+        "interrupted. Keys are those of run.",
+    )
+    compare.add_argument("recipe", help="YAML file")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file")
+
     info = commands.add_parser("info", help="tell what is in a checkpoint")
     info.add_argument("directory", help="folder of a polarized checkpoint")
 
@@ -49,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.epilog = f"recipe keys and their defaults:\n\n{describe_keys()}"
     options = parser.parse_args(argv)
     try:
-        return {"run": _run, "info": _info, "push": _push}[options.command](options)
+        return {"run": _run, "compare": _compare, "info": _info, "push": _push}[options.command](options)
     except KeyboardInterrupt:
         print("hf-polarize: interrupted", file=sys.stderr)
         return 130
@@ -95,6 +104,18 @@ def _run(options: argparse.Namespace) -> int:
     console.print(table)
     console.print(verdict(metrics))
     console.print(escape(f"checkpoint, metrics.json and report.md are in {Path(recipe.output_dir)}/"))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from .comparison import compare_recipe
+    from .recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    compare_recipe(recipe, shlex.join(["hf-polarize", "compare", options.recipe, *options.overrides]))
+    folder = Path(recipe.output_dir)
+    print((folder / "comparison.md").read_text(encoding="utf-8"))
+    print(f"comparison.json, comparison.md and plots are in {folder}/")
     return 0
 
 

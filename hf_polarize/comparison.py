@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +16,17 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .backbone import quantize_linear, weight_matrix
-from .calibration import Statistics
+from .calibration import Statistics, layer_statistics
+from .checkpoint import prepare_folder, read_json, write_json
 from .compensation import compensate, damped, leading_path
 from .configuration import PolarizeConfig
+from .distillation import teacher_dataset
 from .evaluation import HeldOut, Quality
 from .formats import BackboneLayer
+from .pipeline import Evaluator, at_most, closed_form, load_model, recipe_batches, train
+from .plan import make_plan
+from .recipe import COMPARED, Recipe, load_data
+from .report import markdown_table, plot_curves
 from .requantization import requantize
 
 LOFTQ_ROUNDS = 5
@@ -111,6 +119,8 @@ METHODS: dict[str, Callable[[Problem, int], torch.Tensor]] = {
     "ours, closed form": ours,
 }
 TRAINED = "ours, trained"
+BACKBONE = "backbone alone"
+UNCALIBRATED = (BACKBONE, "SVD (LoRC)", "LoftQ (our implementation)")
 
 
 @torch.no_grad()
@@ -131,7 +141,7 @@ def with_method(
     kept = {name: module.weight.data for name, module in layers.items()}  # type: ignore[union-attr]
     try:
         for name, module in logging.tqdm(layers.items(), desc=f"{method}, rank {rank}", unit="layer"):
-            value = METHODS[method](Problem(module, config, statistics[name]), rank)
+            value = METHODS[method](Problem(module, config, statistics.get(name) or _blind(module)), rank)
             matrix = value.T if isinstance(module, Conv1D) else value
             module.weight.data = matrix.to(kept[name]).contiguous()  # type: ignore[union-attr, arg-type]
         return held_out.measure(model, method)
@@ -140,24 +150,155 @@ def with_method(
             module.weight.data = kept[name]  # type: ignore[union-attr]
 
 
-def comparison_rows(original: Quality, backbone: Quality, qualities: dict[str, Quality]) -> Iterator[dict[str, Any]]:
-    """Yield, for each method, its measures and the mean and paired standard error over windows of what it wins."""
-    gap = backbone.loss - original.loss
-    for name, quality in qualities.items():
-        won = torch.tensor(backbone.window_losses) - torch.tensor(quality.window_losses)
-        error = float(won.std() / math.sqrt(len(won))) if len(won) > 1 else math.inf
-        yield {
-            "method": name,
-            "loss": quality.loss,
-            "kl": quality.kl,
-            "won": float(won.mean()),
-            "won_standard_error": error,
-            "gap_recovered": (backbone.loss - quality.loss) / gap if gap else None,
-            "gap_recovered_standard_error": error / abs(gap) if gap else None,
-        }
+def _blind(module: nn.Module) -> Statistics:
+    """Return the statistics of a layer that no token reached."""
+    width = weight_matrix(module).shape[1]
+    return Statistics(torch.eye(width), None, torch.ones(width))
 
 
 def check_methods(methods: Sequence[str]) -> None:
-    unknown = [method for method in methods if method not in (*METHODS, TRAINED)]
+    unknown = [method for method in methods if method not in COMPARED]
     if unknown:
-        raise ValueError(f"unknown methods {unknown}; known are {[*METHODS, TRAINED]}")
+        raise ValueError(f"unknown methods {unknown}; known are {list(COMPARED)}")
+
+
+def compare_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
+    """
+    Measure every method on the model of a recipe; leave `comparison.json`, `comparison.md` and plots in its folder.
+
+    Results are written after each measurement: an interruption loses one, and the same command goes on from there.
+
+    Args:
+        recipe ([`~hf_polarize.recipe.Recipe`]): what to do; `compare_methods`, `compare_ranks` and `compare_tokens`
+            are for this alone.
+        command (`str`): how to run it again.
+
+    Returns:
+        `dict`: the content of `comparison.json`.
+    """
+    check_methods(recipe.compare_methods)
+    folder = Path(recipe.output_dir)
+    prepare_folder(folder, recipe.overwrite or (folder / "comparison.json").is_file())
+    calibration, evaluation = load_data(recipe.calibration), load_data(recipe.evaluation)
+    model, processor = load_model(recipe)
+    config = recipe.polarize_config()
+    plan = make_plan(model, config, recipe.surrogate_config())
+    layers, config = dict(plan.layers), plan.quantizer.quantization_config
+    asked = asdict(recipe)
+    record = _resume(folder / "comparison.json", asked)
+    longest = max([recipe.max_tokens, *recipe.compare_tokens])
+    training = replace(recipe, train=(recipe.train or ["surrogate"]) if TRAINED in recipe.compare_methods else None)
+    batches, held_back = recipe_batches(replace(training, max_tokens=longest), model, calibration, processor)
+    evaluator = Evaluator(model, recipe, evaluation, processor)
+    original = evaluator.original
+    results = record["results"]
+
+    def done(method: str, rank: int, tokens: int) -> bool:
+        return any((r["method"], r["rank"], r["tokens"]) == (method, rank, tokens) for r in results)
+
+    def keep(method: str, rank: int, tokens: int, quality: Quality) -> None:
+        results.append({"method": method, "rank": rank, "tokens": tokens, **asdict(quality)})
+        write_json(folder / "comparison.json", record)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    record["original"] = asdict(original)
+    closed = [method for method in recipe.compare_methods if method != TRAINED]
+    wanted = {recipe.max_tokens: list(dict.fromkeys([recipe.r, *recipe.compare_ranks]))}
+    for tokens in recipe.compare_tokens:
+        wanted.setdefault(tokens, [recipe.r])
+    for tokens, ranks in wanted.items():
+        todo = [(m, r) for r in ranks for m in closed
+                if not done(m, r, tokens) and (m not in UNCALIBRATED or tokens == recipe.max_tokens)
+                and (m != BACKBONE or r == recipe.r)]  # fmt: skip
+        if not todo:
+            continue
+        statistics: dict[str, Statistics] = {}
+        for part in layer_statistics(model, at_most(batches, tokens, model), layers, memory_limit=2**62):
+            statistics.update(part)
+        for method, rank in todo:
+            quality = with_method(model, layers, config, statistics, method, rank, evaluator.held_out)
+            keep(method, rank, tokens, quality)
+    if TRAINED in recipe.compare_methods and not done(TRAINED, recipe.r, recipe.max_tokens):
+        with tempfile.TemporaryDirectory(prefix="hf-polarize-") as scratch:
+            fresh = at_most(batches, recipe.train_tokens, model)
+            data, held_out = (teacher_dataset(model, part, scratch) for part in (fresh, held_back))
+            first = at_most(batches, recipe.max_tokens, model)
+            closed_form(training, model, first, held_back, processor)
+            train(training, model, data, held_out, scratch)
+        keep(TRAINED, recipe.r, recipe.max_tokens, evaluator.held_out.measure(model, TRAINED))
+    write_comparison(folder, record, recipe, evaluator.protocol, command)
+    return record
+
+
+def _resume(path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return the record of an interrupted comparison, if it is of the same recipe."""
+    free = {"overwrite", "compare_methods", "compare_ranks", "compare_tokens"}
+    if path.is_file():
+        record = read_json(path)
+        changed = [key for key in recipe if key not in free and record["recipe"].get(key) != recipe[key]]
+        if not changed:
+            return record
+        if not recipe["overwrite"]:
+            raise FileExistsError(
+                f'"{path}" is of a recipe with other {", ".join(changed)}; choose another output_dir, or '
+                "overwrite=true"
+            )
+    return {"recipe": recipe, "results": []}
+
+
+def write_comparison(folder: Path, record: dict[str, Any], recipe: Recipe, protocol: str, command: str) -> None:
+    """Write the table and the plots of a comparison."""
+    rank, tokens = recipe.r, recipe.max_tokens
+    original = record["original"]
+    found = {(r["method"], r["rank"], r["tokens"]): r for r in record["results"]}
+    backbone = found.get((BACKBONE, rank, tokens))
+    if backbone is None:
+        raise ValueError(f'the comparison needs "{BACKBONE}" among its methods: all others are measured against it')
+    rows = [["original", f"{original['loss']:.4f}", "0", "", ""]]
+    for method in [*METHODS, TRAINED]:
+        one = found.get((method, rank, tokens))
+        if one is None:
+            continue
+        won, error, share, share_error = _won(original, backbone, one)
+        gap = "" if method == BACKBONE or share is None else f"{100 * share:.1f} ± {100 * share_error:.1f} %"
+        rows.append(
+            [method, f"{one['loss']:.4f}", "" if one["kl"] is None else f"{one['kl']:.4f}",
+             "" if method == BACKBONE else f"{won:.4f} ± {error:.4f}", gap]
+        )  # fmt: skip
+    table = markdown_table(["method", "loss", "KL to original", "loss taken back", "gap recovered"], rows)
+    pictures = []
+    for axis, label in (("rank", "rank"), ("tokens", "calibration tokens")):
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for (method, r, t), one in sorted(found.items(), key=lambda item: item[0][1:]):
+            on_axis = t == tokens if axis == "rank" else (r == rank and method not in UNCALIBRATED)
+            if on_axis and method != BACKBONE:
+                curves.setdefault(method, []).append((r if axis == "rank" else t, one["loss"]))
+        if any(len(points) > 1 for points in curves.values()):
+            name = f"loss_against_{axis}.png"
+            plot_curves(curves, original["loss"], backbone["loss"], label, folder / name)
+            pictures.append(f"![loss against {label}]({name})")
+    text = f"""# {recipe.source()[2].rpartition("/")[2]}: {recipe.backbone.upper()}, rank {rank}, side by side
+
+{table}
+
+± is one standard error of the paired difference to the backbone alone, over windows. {protocol} Calibrated on at most
+{tokens} tokens of {recipe.calibration.rpartition("/")[2]}. All methods but the trained one are computed as sums
+Q + B A in the original's dtype; the trained one with the quantized layers themselves.
+
+{chr(10).join(pictures)}
+
+## How to run this again
+
+```
+{command}
+```
+"""
+    (folder / "comparison.md").write_text(text, encoding="utf-8")
+
+
+def _won(original: dict, backbone: dict, one: dict) -> tuple[float, float, float | None, float]:
+    """Return what a method takes back of the backbone's loss, its paired standard error, and both as shares."""
+    won = torch.tensor(backbone["window_losses"]) - torch.tensor(one["window_losses"])
+    error = float(won.std() / math.sqrt(len(won))) if len(won) > 1 else math.inf
+    gap = backbone["loss"] - original["loss"]
+    return float(won.mean()), error, float(won.mean()) / gap if gap else None, error / abs(gap) if gap else math.inf

@@ -120,11 +120,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         data = held_out = None
         if recipe.train:
             data, held_out = (teacher_dataset(model, part, scratch) for part in (batches, held_back))
-        polarize(
-            model, first, recipe.polarize_config(), recipe.surrogate_config(), recipe.closed_form(),
-            processor=processor, window=recipe.window, max_tokens=recipe.max_tokens, seed=recipe.seed,
-            held_out=held_back, keep_layer_losses=bool(recipe.train and recipe.layer_weight),
-        )  # fmt: skip
+        closed_form(recipe, model, first, held_back, processor)
         provenance = model.polarization["provenance"]
         provenance["base_model"] = public_name(base_model)
         if gguf_file:
@@ -148,13 +144,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
             "polarized": _variant(polarized, info.bits_per_weight, info.bytes, polarized_seconds),
         }  # fmt: skip
         if recipe.train:
-            provenance["training"] = distill(
-                model, data, held_out, Path(scratch) / "training", train=recipe.train,
-                learning_rate=recipe.learning_rate, batch_size=recipe.train_batch_size,
-                micro_batch_size=recipe.batch_size, hidden_weight=recipe.hidden_weight,
-                layer_weight=recipe.layer_weight, layer_losses=model.layer_losses, patience=recipe.patience,
-                seed=recipe.seed,
-            )  # fmt: skip
+            provenance["training"] = train(recipe, model, data, held_out, scratch)
             provenance["method"] = "closed form, then distilled from the original"
             save_polarized(model, folder, processor, overwrite=True)
             info = inspect_checkpoint(folder)
@@ -178,6 +168,27 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     if recipe.push_to:
         push_folder(folder, recipe.push_to)
     return metrics
+
+
+def closed_form(
+    recipe: Recipe, model: PreTrainedModel, batches: list[Batch], held_back: list[Batch], processor: Any
+) -> None:
+    """Polarize a model as a recipe says, before any training."""
+    polarize(
+        model, batches, recipe.polarize_config(), recipe.surrogate_config(), recipe.closed_form(),
+        processor=processor, window=recipe.window, max_tokens=recipe.max_tokens, seed=recipe.seed,
+        held_out=held_back, keep_layer_losses=bool(recipe.train and recipe.layer_weight),
+    )  # fmt: skip
+
+
+def train(recipe: Recipe, model: PreTrainedModel, data: Any, held_out: Any, scratch: str) -> dict[str, Any]:
+    """Train a polarized model as a recipe says."""
+    return distill(
+        model, data, held_out, Path(scratch) / "training", train=recipe.train or ["surrogate"],
+        learning_rate=recipe.learning_rate, batch_size=recipe.train_batch_size, micro_batch_size=recipe.batch_size,
+        hidden_weight=recipe.hidden_weight, layer_weight=recipe.layer_weight,
+        layer_losses=model.layer_losses, patience=recipe.patience, seed=recipe.seed,
+    )  # fmt: skip
 
 
 def write_report(folder: Path, model: PreTrainedModel, recipe: Recipe, metrics: dict[str, Any], command: str) -> None:

@@ -35,8 +35,23 @@ MODEL_CLASSES = (
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
+COMPARED = (
+    "backbone alone",
+    "SVD (LoRC)",
+    "LoftQ (our implementation)",
+    "LQER",
+    "QERA-approx",
+    "QERA-exact = EoRA",
+    "ours, closed form",
+    "ours, trained",
+)
+
+
 def _key(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+    metadata = {"help": help}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -94,6 +109,10 @@ class Recipe:
     evaluation_column: str | None = _key(None, "text column of an evaluation data set")
     evaluation_window: int = _key(512, "tokens per evaluation window")
     evaluation_windows: int = _key(24, "evaluation windows, or images, spread evenly")
+
+    compare_methods: list[str] = _key(list(COMPARED), "of hf-polarize compare, which measures them side by side")
+    compare_ranks: list[int] = _key([2, 4, 8, 16, 32], "ranks of its curve")
+    compare_tokens: list[int] = _key([2048, 8192, 32768, 131072], "calibration tokens of its curve")
 
     output_dir: str = _key("out", "folder for the checkpoint, metrics.json, report.md and plots; must be empty")
     overwrite: bool = _key(False, "write into an output folder that is not empty")
@@ -239,7 +258,7 @@ def describe_keys() -> str:
     """Return one line for each key: name, default, what it is."""
     lines = []
     for item in dataclasses.fields(Recipe):
-        default = item.default
+        default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
         shown = yaml.safe_dump(default, default_flow_style=True).replace("\n...", "").strip()
         lines.append(f"  {item.name}: {shown}\n      {item.metadata['help']}")
     return "\n".join(lines)

@@ -145,6 +145,26 @@ def plot_training(training: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def plot_curves(
+    curves: dict[str, list[tuple[int, float]]], original: float, backbone: float, label: str, path: Path
+) -> None:
+    """Plot the loss of each method against ranks or tokens, between the original's and the backbone's."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for name, points in curves.items():
+        axis.plot(*zip(*points, strict=True), "o-", label=name, markersize=4)
+    axis.axhline(backbone, color="0.4", linestyle=":", label="backbone alone")
+    axis.axhline(original, color="0.0", linestyle="--", label="original")
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel(label)
+    axis.set_ylabel("loss, nats per token")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
 def _choices(provenance: dict[str, Any]) -> str:
     """Return what was decided on held-out data and what training brought there, as Markdown."""
     rows = [

@@ -99,6 +99,30 @@ def rounded_backbone(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
         release_memory()
 
 
+def replayed_losses(model: PreTrainedModel, plan: Plan, held_out: HeldOut) -> dict[str, float]:
+    """
+    Quantize one layer at a time and measure what that costs, to validate a [`SensitivityReport`] by its rank order.
+
+    Args:
+        model (`PreTrainedModel`): the original; left as it was.
+        plan ([`~hf_polarize.plan.Plan`]): of [`~hf_polarize.plan.make_plan`].
+        held_out ([`~hf_polarize.evaluation.HeldOut`]): a few windows do.
+
+    Returns:
+        `dict[str, float]`: the distance to the original, KL in nats where there are logits, by layer.
+    """
+    costs = {}
+    with logging.tqdm(total=len(plan.layers), desc="replaying", unit="layer") as bar:
+        for name, module in plan.layers.items():
+            model.set_submodule(name, quantize_linear(module, plan.quantizer.quantization_config))
+            try:
+                costs[name] = held_out.distance(model, name)
+            finally:
+                model.set_submodule(name, module)
+            bar.update()
+    return costs
+
+
 def solved_ranks(plan: Plan, closed_form: ClosedForm) -> dict[str, int]:
     """Return up to which rank each layer is solved."""
     if closed_form.allocation == "uniform":

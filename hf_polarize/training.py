@@ -334,6 +334,8 @@ def distill(
         shares[part] = trainer.evaluate()["eval_loss"] - end
         _swap({part: trainer.parts[part]}, before)
     freeze(model)
+    # accelerate leaves its mixed precision around the model's forward
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     core.eval()
     return {
         "start": start,

@@ -7,7 +7,7 @@ import torch
 from conftest import TEXT, VOCABULARY, tiny_inputs, tiny_model
 
 from hf_polarize import backbone_only, polarize
-from hf_polarize.data import is_causal_lm, read_texts, self_windows, token_windows
+from hf_polarize.data import _Sample, is_causal_lm, read_texts, self_windows, token_windows
 from hf_polarize.evaluation import (
     GapRecovered,
     Quality,
@@ -107,11 +107,23 @@ def test_what_the_model_writes_is_seeded_and_leaves_the_random_state_alone():
     state = torch.get_rng_state()
     torch.manual_seed(11)
     assert torch.equal(torch.get_rng_state(), state)
-    assert first.shape == (5, 24) and (first[:, 0] == 1).all() and first.max() < VOCABULARY
+    assert first.shape == (5, 24) and first.max() < VOCABULARY and len(set(first[:, 0].tolist())) > 1
     assert torch.equal(first, self_windows(model, window=24, count=5, seed=0, batch_size=2))
     assert not torch.equal(first, self_windows(model, window=24, count=5, seed=1, batch_size=2))
     with pytest.raises(ValueError, match="BertModel can't write its own calibration text"):
         self_windows(tiny_model("bert"), window=24, count=1, seed=0)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration can't write its own calibration text"):
+        self_windows(tiny_model("t5"), window=24, count=1, seed=0)
+
+
+def test_tokens_are_drawn_from_the_distribution_of_the_logits():
+    logits = torch.tensor([2.0, -1.0, 0.5, -torch.inf, 1.0])
+    drawn = _Sample(torch.Generator().manual_seed(0))(None, logits.expand(20000, -1))
+    counts = (drawn == 0).float().mean(0)
+    assert torch.equal((drawn == 0).sum(1), torch.ones(20000, dtype=torch.int64))
+    # five standard errors of a share of 20,000
+    torch.testing.assert_close(counts, logits.softmax(0), rtol=0, atol=5 * (0.25 / 20000) ** 0.5)
+    assert counts[3] == 0
 
 
 @pytest.mark.parametrize("form", ["list", "file", "dataset", "tokens", "self"])
