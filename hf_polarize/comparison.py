@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .backbone import quantize_linear, weight_matrix
 from .calibration import Statistics, layer_statistics
 from .checkpoint import prepare_folder, read_json, write_json
-from .compensation import compensate, damped, leading_path
+from .compensation import compensate, damped
 from .configuration import PolarizeConfig
 from .distillation import teacher_dataset
 from .evaluation import HeldOut, Quality
@@ -27,7 +27,7 @@ from .pipeline import Evaluator, at_most, closed_form, load_model, recipe_batche
 from .plan import make_plan
 from .recipe import COMPARED, Recipe, load_data
 from .report import markdown_table, plot_curves
-from .requantization import requantize
+from .requantization import Inputs, requantize
 
 LOFTQ_ROUNDS = 5
 """Alternations of LoftQ, as in its paper."""
@@ -56,7 +56,13 @@ def backbone_alone(problem: Problem, rank: int) -> torch.Tensor:
 
 def _added(problem: Problem, rank: int, covariance: torch.Tensor) -> torch.Tensor:
     q = backbone_alone(problem, rank)
-    return q + leading_path(problem.weight - q, covariance, rank)[0]
+    return q + _path(problem.weight, problem.weight - q, covariance, rank)
+
+
+def _path(weight: torch.Tensor, error: torch.Tensor, covariance: torch.Tensor, rank: int) -> torch.Tensor:
+    """The best B A for an error, `(out, in)`, float64."""
+    solution = compensate(weight, error, covariance, rank)
+    return solution.b.double() @ solution.a.double()
 
 
 def svd(problem: Problem, rank: int) -> torch.Tensor:
@@ -96,17 +102,16 @@ def loftq(problem: Problem, rank: int) -> torch.Tensor:
         rest = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.float32, device="meta")
         rest.weight = nn.Parameter((weight - path).float(), requires_grad=False)
         q = quantize_linear(rest, problem.config).dequantized().double()
-        path = leading_path(weight - q, eye, rank)[0]
+        path = _path(weight, weight - q, eye, rank)
     return q + path
 
 
 def ours(problem: Problem, rank: int) -> torch.Tensor:
     """Codes and scales chosen for the surrogate (see [`~hf_polarize.requantization.requantize`]), full covariance."""
-    layer, h = problem.backbone(), damped(problem.statistics.h)
-    requantize(layer, problem.weight, h, rank)
+    layer, inputs = problem.backbone(), Inputs(damped(problem.statistics.h))
+    requantize(layer, problem.weight, inputs, rank)
     q = layer.dequantized().double()
-    solution = compensate(problem.weight, problem.weight - q, h, rank)
-    return q + solution.b.double() @ solution.a.double()
+    return q + _path(problem.weight, problem.weight - q, inputs.covariance, rank)
 
 
 METHODS: dict[str, Callable[[Problem, int], torch.Tensor]] = {

@@ -307,6 +307,30 @@ def calibration_batches(
     return split(windows, batch_size, model)
 
 
+def line_batches(data: Any, tokenizer: Any, count: int, batch_size: int, column: str | None = None) -> list[Batch]:
+    """
+    Turn each line of a text, or row of a data set, into one input of its own; the lines of a batch are padded.
+
+    Args:
+        data: what [`read_texts`] reads.
+        tokenizer: of the model.
+        count (`int`): lines at most, spread evenly.
+        batch_size (`int`): lines per batch; shorter ones come first, so that there is little padding.
+        column (`str`, *optional*): of a data set.
+
+    Returns:
+        `list[dict[str, torch.Tensor]]` with `attention_mask`.
+    """
+    lines = [line for text in read_texts(data, column) for line in text.splitlines() if line.strip()]
+    if len(lines) > count:
+        lines = [lines[i * len(lines) // count] for i in range(count)]
+    lines.sort(key=len)
+    return [
+        dict(tokenizer(lines[start : start + batch_size], padding=True, truncation=True, return_tensors="pt"))
+        for start in range(0, len(lines), batch_size)
+    ]
+
+
 def _values(row: Any) -> list[Any]:
     return list(row.values()) if isinstance(row, dict) else [row]
 

@@ -32,7 +32,7 @@ class Quality:
             the mean distance of its output from the original's (see [`output_distance`]); 0 for the original.
         perplexity (`float`, *optional*): exp(loss), per token; causal language models only.
         kl (`float`, *optional*): mean KL(original || model) per token, nats.
-        window_losses (`list[float]`): `loss` of each window (or batch), for paired comparisons.
+        window_losses (`list[float]`): `loss` of each window, input or batch, for paired comparisons.
     """
 
     loss: float
@@ -150,7 +150,9 @@ class Outputs:
 
     Attributes:
         values (`list[torch.Tensor]` of shape `(..., features or classes)`): float32 on the CPU. What the output
-            embedding takes where there is one (its logits may be 50 times as large), else logits, else hidden states.
+            embedding takes where there is one (its logits may be 50 times as large), else logits, else hidden states,
+            which are averaged over the tokens of an input where batches have an `attention_mask` (embeddings of
+            sentences).
         head (`Callable`, *optional*): the output embedding.
         logits (`bool`): whether the model gives logits.
     """
@@ -180,7 +182,8 @@ def model_outputs(model: nn.Module, batches: Sequence[Batch], desc: str = "evalu
         output = core(**to_model(batch, core))
         logits = "logits" in output
         if embedding is None:
-            values.append((output.logits if logits else output.last_hidden_state).float().cpu())
+            value = (output.logits if logits else output.last_hidden_state).float().cpu()
+            values.append(value if logits or "attention_mask" not in batch else _averaged(value, batch))
     core.train(training)
     if handle is None:
         return Outputs(values, None, logits)
@@ -193,23 +196,32 @@ def model_outputs(model: nn.Module, batches: Sequence[Batch], desc: str = "evalu
     return Outputs(values, head, logits)
 
 
+def _averaged(states: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return the mean state of each input, `(batch, hidden)`."""
+    mask = batch["attention_mask"][..., None].float()
+    return (states * mask).sum(1) / mask.sum(1)
+
+
 @torch.no_grad()
 def output_distance(original: Outputs, outputs: Outputs) -> Quality:
-    """Return the mean KL(original || model) of logits, which is then `kl` as well, or else the mean 1 - cosine."""
-    losses = []
+    """
+    Return the mean KL(original || model) of logits, which is then `kl` as well, or else the mean 1 - cosine.
+
+    `window_losses` are those of the inputs where each has one output (an image, a sentence), else of the batches.
+    """
+    losses: list[float] = []
     for theirs, ours in zip(original.values, outputs.values, strict=True):
         p, q = theirs.flatten(0, -2), ours.flatten(0, -2)
-        total = 0.0
+        parts = []
         for start in range(0, len(p), CHUNK):
             part = slice(start, start + CHUNK)
             if original.logits:
                 log_p, log_q = original.log_probabilities(p[part]), outputs.log_probabilities(q[part])
-                total += float((log_p.exp() * (log_p - log_q)).sum())
+                parts.append((log_p.exp() * (log_p - log_q)).sum(-1))
             else:
-                total += float(
-                    (1 - F.cosine_similarity(q[part].double(), p[part].double(), dim=-1)).clamp(min=0).sum()
-                )
-        losses.append(total / len(p))
+                parts.append((1 - F.cosine_similarity(q[part].double(), p[part].double(), dim=-1)).clamp(min=0))
+        distances = torch.cat(parts)
+        losses += distances.tolist() if theirs.dim() == 2 else [float(distances.mean())]
     loss = sum(losses) / len(losses)
     return Quality(loss, None, loss if original.logits else None, losses)
 

@@ -18,6 +18,7 @@ from .data import (
     calibration_batches,
     is_causal_lm,
     is_text_model,
+    line_batches,
     read_texts,
     split,
     token_windows,
@@ -55,6 +56,13 @@ class Evaluator:
                 f"Token perplexity on `{name}`: {len(windows)} windows of {window} tokens that don't overlap, "
                 "spread evenly; KL in nats per token."
             )
+        elif recipe.evaluation_lines:
+            if not is_text_model(original) or original.get_output_embeddings() is not None:
+                raise ValueError(
+                    f"evaluation_lines measures embeddings of sentences, and {type(original).__name__} makes none: "
+                    "leave it out, or take model_class: AutoModel"
+                )
+            batches = line_batches(data, processor, count, 8 * recipe.batch_size, recipe.evaluation_column)
         else:
             tokens = count * tokens_per_sample(original, window)
             batches = calibration_batches(
@@ -64,7 +72,8 @@ class Evaluator:
         self.original = self.held_out.original
         if not self.held_out.causal:
             measure = "KL(original || model) of the logits, in nats" if self.held_out.outputs.logits else "1 - cosine"
-            self.protocol = f"Loss is the mean distance of the output from the original's on `{name}`: {measure}."
+            output = f"embedding of each of {count_samples(batches)} lines" if recipe.evaluation_lines else "output"
+            self.protocol = f"Loss is the mean distance of the {output} from the original's on `{name}`: {measure}."
 
     def measure(self, model: PreTrainedModel, desc: str) -> tuple[Quality, float]:
         """Return what a model does, and the seconds that it took."""

@@ -108,7 +108,10 @@ class Recipe:
     evaluation: str = _key(PYTHON_DOCS, "held-out data, never the calibration data; the same forms, without " + SELF)
     evaluation_column: str | None = _key(None, "text column of an evaluation data set")
     evaluation_window: int = _key(512, "tokens per evaluation window")
-    evaluation_windows: int = _key(24, "evaluation windows, or images, spread evenly")
+    evaluation_windows: int = _key(24, "evaluation windows, images or lines, spread evenly")
+    evaluation_lines: bool = _key(
+        False, "each line (or row of the column) is an input of its own: measure an encoder's sentence embeddings"
+    )
 
     compare_methods: list[str] = _key(list(COMPARED), "of hf-polarize compare, which measures them side by side")
     compare_ranks: list[int] = _key([2, 4, 8, 16, 32], "ranks of its curve")

@@ -18,7 +18,7 @@ from .data import Batch
 from .evaluation import HeldOut
 from .plan import Plan
 from .quantizer import release_memory
-from .requantization import requantize
+from .requantization import Inputs, requantize
 from .sensitivity import SensitivityReport, allocate_ranks
 from .surrogate import SURROGATE, attach_surrogates, factors
 
@@ -54,10 +54,11 @@ def solve(
     targets = {name: plan.layers[name] for name in plan.ranks}
     largest = solved_ranks(plan, closed_form)
 
-    def finish(name: str, statistics: Statistics, h: torch.Tensor) -> None:
+    def finish(name: str, statistics: Statistics, inputs: Inputs) -> None:
         weight, layer, rank = weight_matrix(plan.layers[name]).detach(), plan.backbone[name], plan.ranks[name]
         if closed_form.scale_search or closed_form.alternations:
-            requantize(layer, weight, h, rank, closed_form.alternations, closed_form.scale_search)
+            requantize(layer, weight, inputs, rank, closed_form.alternations, closed_form.scale_search)
+        h = inputs.covariance
         error = weight.double() - layer.dequantized().to(weight.device).double()
         g = None if statistics.g is None else damped(statistics.g, OUTPUT_DAMPING)
         found.one_sided[name] = compensate(weight, error, h, largest[name], g)
@@ -76,12 +77,12 @@ def solve(
             last = None
             for name, statistics in part.items():
                 if statistics.h is not last:
-                    last, h = statistics.h, damped(statistics.h)
-                finish(name, statistics, h)
+                    last, inputs = statistics.h, Inputs(damped(statistics.h))
+                finish(name, statistics, inputs)
         for name in set(targets) - set(found.one_sided):  # those that no token reached
             weight = weight_matrix(targets[name])
             eye = torch.eye(weight.shape[1], device=weight.device)
-            finish(name, Statistics(eye), damped(eye))
+            finish(name, Statistics(eye), Inputs(damped(eye)))
     found.one_sided = {name: found.one_sided[name] for name in targets}
     return found
 

@@ -137,11 +137,18 @@ def test_predicted_losses_are_those_of_the_factors(two_sided):
         assert float(loss(a, b)) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(16, 40), (40, 16)])
-def test_the_path_alone_is_that_of_the_compensation(shape):
+@pytest.mark.parametrize("shape", [(96, 160), (160, 96)])
+def test_the_path_alone_is_nearly_that_of_the_compensation(shape):
     weight, error, covariance, _ = problem(*shape, seed=6)
     h = damped(covariance)
-    path, left = leading_path(error, h, 4)
+    before = torch.random.get_rng_state()
+    path, left = leading_path(error.float(), torch.linalg.cholesky(h).float(), 4)
+    assert torch.equal(torch.random.get_rng_state(), before)
     result = compensate(weight, error, h, 4)
-    torch.testing.assert_close(path, result.b.double() @ result.a.double(), rtol=1e-4, atol=1e-6)
-    assert left == pytest.approx(float((((error - path) @ h) * (error - path)).sum()))
+
+    def remaining(path):
+        return float((((error - path) @ h) * (error - path)).sum())
+
+    least = remaining(result.b.double() @ result.a.double())
+    assert least <= remaining(path.double()) <= 1.001 * least
+    assert left == pytest.approx(remaining(path.double()), rel=1e-4)

@@ -7,7 +7,7 @@ import torch
 from conftest import TEXT, VOCABULARY, tiny_inputs, tiny_model
 
 from hf_polarize import backbone_only, polarize
-from hf_polarize.data import _Sample, is_causal_lm, read_texts, self_windows, token_windows
+from hf_polarize.data import _Sample, is_causal_lm, line_batches, read_texts, self_windows, token_windows
 from hf_polarize.evaluation import (
     GapRecovered,
     Quality,
@@ -88,6 +88,23 @@ def test_models_without_tokens_to_predict_are_compared_by_their_outputs():
     expected = 1 - ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean()
     assert ours.loss == pytest.approx(float(expected), rel=1e-6)
     assert not is_causal_lm(original) and is_causal_lm(tiny_model("gpt2"))
+
+
+def test_embeddings_of_sentences_are_compared_without_their_padding(tokenizer):
+    original, other = tiny_model("bert"), tiny_model("bert", seed=1)
+    lines = ["The old cat counts 3 sheep.", "The new dog", "dog counts 7 stars. The old dog", "", "cat"]
+    batches = line_batches(["\n".join(lines)], tokenizer, 100, 3)
+    assert [len(batch["input_ids"]) for batch in batches] == [3, 1]
+    quality = output_distance(model_outputs(original, batches), model_outputs(other, batches))
+    expected = []
+    for line in sorted(filter(None, lines), key=len):
+        ids = tokenizer(line, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            p, q = (model(ids).last_hidden_state[0].mean(0) for model in (original, other))
+        expected.append(1 - float(torch.cosine_similarity(p, q, dim=0)))
+    assert quality.window_losses == pytest.approx(expected, rel=1e-4)
+    assert quality.loss == pytest.approx(sum(expected) / 4, rel=1e-4)
+    assert len(line_batches(["\n".join(lines)], tokenizer, 2, 3)) == 1
 
 
 def test_windows_are_cut_from_the_text_tokenized_once_and_spread_evenly(tokenizer):

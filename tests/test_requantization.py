@@ -9,7 +9,7 @@ from hf_polarize import PolarizeConfig
 from hf_polarize.backbone import quantize_linear
 from hf_polarize.compensation import compensate, damped
 from hf_polarize.requantization import (
-    feedback,
+    Inputs,
     nearest,
     refit_scales,
     requantize,
@@ -68,7 +68,7 @@ def test_its_own_values_stored_again_change_nothing(config):
 def test_requantizing_leaves_less_of_the_error(config, shape):
     linear, layer, h, _ = problem(config, *shape)
     before = left(linear, layer, h, rank=4)
-    requantize(layer, linear.weight.detach(), h, rank=4)
+    requantize(layer, linear.weight.detach(), Inputs(h), rank=4)
     after = left(linear, layer, h, rank=4)
     assert after < (0.9 if config != "int8" else 0.999) * before
 
@@ -76,14 +76,14 @@ def test_requantizing_leaves_less_of_the_error(config, shape):
 def test_rows_that_are_no_whole_blocks_stay_as_bitsandbytes_makes_them():
     linear, layer, h, _ = problem("nf4", 128, 96)
     before = layer.dequantized()
-    requantize(layer, linear.weight.detach(), h, rank=4)
+    requantize(layer, linear.weight.detach(), Inputs(h), rank=4)
     assert torch.equal(layer.dequantized(), before)
 
 
 @pytest.mark.parametrize("config", ["nf4", "int8"])
 def test_the_layer_multiplies_with_the_new_values(config):
     linear, layer, h, x = problem(config)
-    requantize(layer, linear.weight.detach(), h, rank=4)
+    requantize(layer, linear.weight.detach(), Inputs(h), rank=4)
     layer.train()
     y = layer(x[:50])
     expected = x[:50] @ layer.dequantized().T + linear.bias
@@ -117,7 +117,7 @@ def test_feedback_beats_rounding_to_nearest():
     linear, layer, h, x = problem("nf4")
     w, levels = linear.weight.data, layer.levels()
     s = spread(layer.block_scales(), w.shape, 64)
-    order, upper = feedback(h)
+    order, upper = Inputs(h).feedback
     codes = round_with_feedback(w, s, levels, order, upper)
     plain = levels[nearest(w / s, levels)] * s
     assert (x @ (w - levels[codes] * s).T).norm() < 0.8 * (x @ (w - plain).T).norm()
@@ -127,7 +127,7 @@ def test_feedback_with_independent_inputs_is_rounding_to_nearest():
     linear, layer, _, _ = problem("nf4")
     w, levels = linear.weight.data, layer.levels()
     s = spread(layer.block_scales(), w.shape, 64)
-    order, upper = feedback(torch.diag(torch.rand(w.shape[1], dtype=torch.float64) + 0.5))
+    order, upper = Inputs(torch.diag(torch.rand(w.shape[1], dtype=torch.float64) + 0.5)).feedback
     assert torch.equal(round_with_feedback(w, s, levels, order, upper), nearest(w / s, levels))
 
 
@@ -152,7 +152,7 @@ def test_the_same_input_gives_the_same_bytes():
     layers = []
     for _ in range(2):
         linear, layer, h, _ = problem("nf4-double")
-        requantize(layer, linear.weight.detach(), h, rank=4)
+        requantize(layer, linear.weight.detach(), Inputs(h), rank=4)
         layers.append(layer.state_dict())
     assert all(torch.equal(value, layers[1][key]) for key, value in layers[0].items())
 
