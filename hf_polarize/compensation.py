@@ -25,8 +25,8 @@ class Compensation:
         a (`torch.Tensor` of shape `(r, in_features)`): float32. Paths are in descending order of what they take back,
             so that the first k rows of `a` and columns of `b` are the solution of rank k.
         b (`torch.Tensor` of shape `(out_features, r)`): float32.
-        error_before (`float`): relative output error of the backbone, sqrt(tr(E H E^T) / tr(W H W^T)).
-        error_after (`float`): the same with E - B A in the place of E.
+        errors (`list[float]`): relative output error with the first k paths, k = 0..r,
+            sqrt(tr(X H X^T) / tr(W H W^T)), X = E - B_k A_k.
         loss_before (`float`, *optional*): predicted loss of the backbone, 1/2 tr(G E H E^T), nats per prediction;
             `None` without G.
         gains (`list[float]`, *optional*): by how much each path lowers it.
@@ -34,8 +34,7 @@ class Compensation:
 
     a: torch.Tensor
     b: torch.Tensor
-    error_before: float
-    error_after: float
+    errors: list[float]
     loss_before: float | None = None
     gains: list[float] | None = None
 
@@ -110,12 +109,13 @@ def compensate(
     root = taken.sqrt().sqrt()
     root = torch.where(root > 0, root, 1.0)
     scale, before = ((w @ h) * w).sum(), (eh * e).sum()
-    after = (before - 2 * ((a @ eh.T) * b.T).sum() + (aha * (b.T @ b)).sum()).clamp(min=0)
+    taken_once = torch.cat([before.new_zeros(1), ((a @ eh.T) * b.T).sum(1).cumsum(0)])
+    taken_twice = torch.cat([before.new_zeros(1), (aha * (b.T @ b)).cumsum(0).cumsum(1).diagonal()])
+    left = (before - 2 * taken_once + taken_twice).clamp(min=0)  # tr(X H X^T), multiplied out
     return Compensation(
         a=(a / root[:, None]).float(),
         b=(b * root).float(),
-        error_before=float((before / scale).sqrt()) if scale > 0 else 0.0,
-        error_after=float((after / scale).sqrt()) if scale > 0 else 0.0,
+        errors=((left / scale).sqrt() if scale > 0 else torch.zeros_like(left)).tolist(),
         loss_before=None if g is None else 0.5 * float(((g @ eh) * e).sum()),
         # u_k^T M G u_k = (squared singular value) u_k^T G u_k, since M = E H E^T has them as eigenvectors
         gains=None if g is None else (0.5 * taken * ((g @ b) * b).sum(0)).tolist(),

@@ -22,6 +22,9 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 CHUNK = 256
 """Tokens whose logits are in memory at a time."""
 
+TOP_K = 128
+"""Log-probabilities that are kept of a token where hidden states don't give all of them."""
+
 HIDDEN, TOP, INDICES = "teacher_hidden", "teacher_log_probabilities", "teacher_indices"
 TEACHER_COLUMNS = (HIDDEN, TOP, INDICES)
 
@@ -104,6 +107,31 @@ def shared_head(model: PreTrainedModel) -> Head | None:
 
 
 @torch.no_grad()
+def teacher_outputs(original: PreTrainedModel, batch: Batch, top_k: int | None = None) -> dict[str, torch.Tensor]:
+    """
+    Return what a student needs of the original's outputs on a batch.
+
+    Args:
+        original (`PreTrainedModel`): in evaluation mode.
+        batch (`dict[str, torch.Tensor]`): inputs, on any device.
+        top_k (`int`, *optional*): see [`teacher_dataset`].
+
+    Returns:
+        `dict` with `teacher_hidden` `(batch, tokens, hidden)`, or `teacher_log_probabilities` and `teacher_indices`
+        `(batch, tokens, k)`; of an original with one output per input, `tokens` is 1.
+    """
+    arguments = to_model(batch, original)
+    if top_k is None and shared_head(original) is not None:
+        return {HIDDEN: original.base_model(**arguments, use_cache=False).last_hidden_state}
+    result = original(**arguments)
+    if "logits" not in result:
+        return {HIDDEN: result.last_hidden_state}
+    logits = result.logits if result.logits.dim() == 3 else result.logits[:, None]
+    top = F.log_softmax(logits.float(), dim=-1).topk(min(top_k or TOP_K, logits.shape[-1]), dim=-1)
+    return {TOP: top.values, INDICES: top.indices.to(torch.int32)}
+
+
+@torch.no_grad()
 def teacher_dataset(
     original: PreTrainedModel,
     batches: Sequence[Batch],
@@ -118,7 +146,7 @@ def teacher_dataset(
         batches (`Sequence[dict[str, torch.Tensor]]`): inputs of one size, without padding.
         folder (`str` or `Path`, *optional*): where the Arrow files go; the cache of `datasets` if left out.
         top_k (`int`, *optional*): keep the k largest log-probabilities, float32, of each token, instead of its final
-            hidden state. The default is 128 for a model with logits that is no causal language model.
+            hidden state. The default is `TOP_K` for a model with logits that is no causal language model.
 
     Returns:
         `datasets.Dataset` with one row per sample: its inputs, and `teacher_hidden` `(tokens, hidden)`, or
@@ -130,20 +158,8 @@ def teacher_dataset(
     if head is not None:
         check_head(original, head, batches[0]["input_ids"][:1])
 
-    def outputs(batch: Batch) -> dict[str, torch.Tensor]:
-        arguments = to_model(batch, original)
-        if head is not None and top_k is None:
-            return {HIDDEN: original.base_model(**arguments, use_cache=False).last_hidden_state}
-        result = original(**arguments)
-        if "logits" not in result:
-            return {HIDDEN: result.last_hidden_state}
-        logits = result.logits if result.logits.dim() == 3 else result.logits[:, None]
-        count = min(top_k or 128, logits.shape[-1])
-        top = F.log_softmax(logits.float(), dim=-1).topk(count, dim=-1)
-        return {TOP: top.values, INDICES: top.indices.to(torch.int32)}
-
     def columns(batch: Batch) -> dict[str, torch.Tensor]:
-        every = {**batch, **outputs(batch)}
+        every = {**batch, **teacher_outputs(original, batch, top_k)}
         return {key: (value.float() if value.is_floating_point() else value).cpu() for key, value in every.items()}
 
     def rows() -> Iterator[dict[str, Any]]:

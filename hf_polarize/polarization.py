@@ -131,7 +131,7 @@ def polarize(
 
 def layer_record(solution: Compensation, rank: int) -> dict[str, Any]:
     """Return what is kept of a layer's solution."""
-    record = {"rank": rank, "error_before": solution.error_before, "error_after": solution.error_after}
+    record = {"rank": rank, "error_before": solution.errors[0], "error_after": solution.errors[rank]}
     if solution.gains is None or solution.loss_before is None:
         return record
     after = solution.loss_before - sum(solution.gains[:rank])

@@ -254,7 +254,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
             raise ValueError(f"unknown recipe key {key!r}; the nearest known one is {near[0]!r}")
+        values[key] = _number(key, values[key])
     return Recipe(**values)
+
+
+def _number(key: str, value: Any) -> Any:
+    """Return the value of a key that takes a float as one: YAML reads 5e-4 as a string, and 1 as an integer."""
+    if typing.get_type_hints(Recipe)[key] is not float or isinstance(value, bool):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
 
 
 def describe_keys() -> str:

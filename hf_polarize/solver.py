@@ -16,7 +16,7 @@ from .compensation import OUTPUT_DAMPING, Compensation, LayerLoss, compensate, d
 from .configuration import ClosedForm
 from .data import Batch
 from .evaluation import HeldOut
-from .plan import Plan
+from .plan import Plan, surrogate_copy
 from .quantizer import release_memory
 from .requantization import Inputs, requantize
 from .sensitivity import SensitivityReport, allocate_ranks
@@ -166,9 +166,7 @@ def attach(
     config = plan.surrogate
     if ranks != plan.ranks:
         others = {name: rank for name, rank in ranks.items() if rank != config.r}
-        config = dataclasses.replace(  # type: ignore[call-arg]
-            config, rank_pattern=others, alpha_pattern=dict(others), init_lora_weights=True, start="zero"
-        )
+        config = surrogate_copy(config, rank_pattern=others, alpha_pattern=dict(others))
     attach_surrogates(model, config, {name: truncated(s, ranks[name]) for name, s in solutions.items()})
 
 

@@ -20,10 +20,12 @@ from .distillation import (
     INDICES,
     TEACHER_COLUMNS,
     TOP,
+    TOP_K,
     divergence,
     divergence_of_top,
     hidden_distance,
     shared_head,
+    teacher_outputs,
 )
 from .formats import BackboneLinear4bit
 from .surrogate import core_model, factors
@@ -171,7 +173,13 @@ class PolarizeTrainer(Trainer):
         core = core_model(self.accelerator.unwrap_model(model))
         head = shared_head(core)
         if not teacher:
-            teacher = self._ask_original(inputs, head is not None)
+            if self.original is None:
+                raise ValueError(
+                    "the data holds no outputs of the original model: make it with teacher_dataset(original, "
+                    "batches), or give PolarizeTrainer the original"
+                )
+            theirs = teacher_outputs(self.original, inputs, top_k=None if head is not None else TOP_K)
+            teacher = {key: value.to(self.args.device) for key, value in theirs.items()}
         with final_states(core) as states:
             few_logits = {"logits_to_keep": 1, "use_cache": False} if head is not None and HIDDEN in teacher else {}
             outputs = model(**inputs, **few_logits)
@@ -186,33 +194,17 @@ class PolarizeTrainer(Trainer):
             if self.weights["hidden"]:
                 loss = loss + self.weights["hidden"] * hidden_distance(hidden, theirs)
         elif HIDDEN in teacher:
-            loss = hidden_distance(outputs.last_hidden_state, teacher[HIDDEN])
+            loss = self.weights["kl"] * hidden_distance(outputs.last_hidden_state, teacher[HIDDEN])
         else:
             logits = outputs.logits if outputs.logits.dim() == 3 else outputs.logits[:, None]
-            loss = divergence_of_top(logits.flatten(0, 1), teacher[TOP].flatten(0, 1), teacher[INDICES].flatten(0, 1))
+            top, indices = teacher[TOP].flatten(0, 1), teacher[INDICES].flatten(0, 1)
+            loss = self.weights["kl"] * divergence_of_top(logits.flatten(0, 1), top, indices)
         if self.weights["layer"] and model.training:
             pairs = factors(core)
             loss = loss + self.weights["layer"] * sum(
                 layer(*pairs[name]) for name, layer in self.layer_losses.items() if name in pairs
             )
         return (loss, outputs) if return_outputs else loss
-
-    @torch.no_grad()
-    def _ask_original(self, inputs: dict[str, Any], hidden: bool) -> dict[str, torch.Tensor]:
-        if self.original is None:
-            raise ValueError(
-                "the data holds no outputs of the original model: make it with teacher_dataset(original, batches), "
-                "or give PolarizeTrainer the original"
-            )
-        moved = {key: value.to(self.original.device) for key, value in inputs.items()}
-        if hidden:
-            return {HIDDEN: self.original.base_model(**moved, use_cache=False).last_hidden_state}
-        result = self.original(**moved)
-        if "logits" not in result:
-            return {HIDDEN: result.last_hidden_state}
-        logits = result.logits if result.logits.dim() == 3 else result.logits[:, None]
-        log_p = torch.log_softmax(logits.float(), dim=-1)
-        return {TOP: log_p, INDICES: torch.arange(log_p.shape[-1], device=log_p.device).expand_as(log_p)}
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

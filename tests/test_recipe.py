@@ -24,6 +24,8 @@ def test_defaults_then_file_then_command_line(tmp_path):
     assert (recipe.backbone, recipe.window, recipe.r) == ("nf4", 128, 16)
     assert recipe.activations == "int8" and recipe.overwrite is True
     assert recipe.surrogate_config().rank_pattern == {"down_proj": 2}
+    recipe = load_recipe(path, ["learning_rate=5e-4", "layer_weight=1"])  # to YAML a string and an integer
+    assert (recipe.learning_rate, recipe.layer_weight) == (5e-4, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +35,7 @@ def test_defaults_then_file_then_command_line(tmp_path):
         ("model: a/b\n", ["max_token=3"], "unknown recipe key 'max_token'; the nearest known one is 'max_tokens'"),
         ("model: a/b\n", ["backbone=nf3"], "backbone must be one of 'nf4', 'int8'; got 'nf3'"),
         ("model: a/b\n", ["r=0"], "r must be an integer of at least 1; got 0"),
+        ("model: a/b\n", ["learning_rate=fast"], "recipe key learning_rate must be float; got 'fast'"),
         ("model: a/b\n", ["r=eight"], "recipe key r must be int; got 'eight'"),
         ("model: a/b\n", ["r=true"], "recipe key r must be int; got True"),
         ("model: a/b\n", ["modules_to_not_convert=lm_head"], "must be list\\[str\\] | null; got 'lm_head'"),

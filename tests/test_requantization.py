@@ -37,7 +37,7 @@ def problem(config, out_features=96, in_features=128, seed=0, bias=True):
 
 def left(linear, layer, h, rank):
     error = linear.weight.detach().double() - layer.dequantized().double()
-    return compensate(linear.weight.detach(), error, h, rank).error_after
+    return compensate(linear.weight.detach(), error, h, rank).errors[-1]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
