@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .backbone import weight_matrix
-from .data import Batch, to_model
+from .data import Batch, mixed_precision, to_model
 
 logger = logging.get_logger(__name__)
 
@@ -231,7 +231,7 @@ def _output_covariances(
     generator = torch.Generator().manual_seed(seed)
     handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     try:
-        with torch.enable_grad(), _gradients_of_inputs(model):
+        with torch.enable_grad(), _gradients_of_inputs(model), mixed_precision(model):
             for sample in samples:
                 arguments = to_model(sample, model)
                 for value in arguments.values():

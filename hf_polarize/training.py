@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .backbone import backbone_layers
 from .compensation import LayerLoss
+from .data import bfloat16_is_fast
 from .distillation import (
     HIDDEN,
     INDICES,
@@ -32,6 +33,13 @@ from .surrogate import core_model, factors
 
 PARTS = ("surrogate", "scales", "norms", "biases")
 """What can be trained. All of it is in the checkpoint anyway, and every reader loads it."""
+
+
+RATES = {"B": 1.0, "A": 0.1, "scales": 0.05, "norms": 0.5, "biases": 0.5}
+"""
+Learning rates, as multiples of that of B. The closed form has put A where the inputs are; large steps there lose it
+(the two rates of LoRA+, arXiv 2402.12354, for another reason).
+"""
 
 
 def trainable_parameters(model: nn.Module, parts: Sequence[str] = ("surrogate",)) -> dict[str, list[nn.Parameter]]:
@@ -105,12 +113,12 @@ class PolarizeTrainer(Trainer):
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): polarized.
-        args (`TrainingArguments`): `learning_rate` is that of the surrogates. Columns of the data are never removed.
+        args (`TrainingArguments`): `learning_rate` is that of the surrogates' B. Columns of data are never removed.
         train (`Sequence[str]`, defaults to `("surrogate",)`): see [`trainable_parameters`].
         original (`PreTrainedModel`, *optional*): for data without the original's outputs.
         kl_weight, hidden_weight, layer_weight (`float`): of the three terms.
         layer_losses (`Mapping[str, LayerLoss]`, *optional*): by layer name, for `layer_weight`.
-        rates (`Mapping[str, float]`, *optional*): learning rate of a part as a multiple of the surrogates'.
+        rates (`Mapping[str, float]`, *optional*): learning rates as multiples of that of B, where not as in `RATES`.
         **kwargs: Trainer's.
     """
 
@@ -134,7 +142,7 @@ class PolarizeTrainer(Trainer):
         self.original = original.eval() if original is not None else None
         self.weights = {"kl": kl_weight, "hidden": hidden_weight, "layer": layer_weight}
         self.layer_losses = dict(layer_losses or {})
-        self.rates = {"scales": 0.1, "norms": 1.0, "biases": 1.0, **(rates or {})}
+        self.rates = {**RATES, **(rates or {})}
         args.remove_unused_columns = False
         super().__init__(model, args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over windows of one size
@@ -147,9 +155,11 @@ class PolarizeTrainer(Trainer):
         if self.optimizer is None:
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             rate = self.args.learning_rate
+            parts = {**self.parts}
+            surrogate = parts.pop("surrogate", [])  # A and B in turn
             groups = [
-                {"params": parameters, "lr": rate * self.rates.get(part, 1.0), "weight_decay": self.args.weight_decay}
-                for part, parameters in self.parts.items()
+                {"params": parameters, "lr": rate * self.rates[part], "weight_decay": self.args.weight_decay}
+                for part, parameters in {"A": surrogate[::2], "B": surrogate[1::2], **parts}.items()
                 if parameters
             ]
             optimizer: torch.optim.Optimizer = cls(groups, **options)
@@ -242,13 +252,6 @@ def final_states(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
-def bfloat16_is_fast(device: torch.device) -> bool:
-    """Tell whether a device multiplies bfloat16 matrices faster than float32 ones."""
-    if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
 def distill(
     model: nn.Module,
     data: Any,
@@ -256,7 +259,7 @@ def distill(
     folder: str | Path,
     *,
     train: Sequence[str] = ("surrogate",),
-    learning_rate: float = 5e-4,
+    learning_rate: float = 1e-3,
     batch_size: int = 8,
     micro_batch_size: int = 8,
     epochs: float = 1.0,
@@ -279,7 +282,7 @@ def distill(
         data, held_out (`datasets.Dataset`): of [`~hf_polarize.distillation.teacher_dataset`].
         folder (`str` or `Path`): for checkpoints, from which `resume` goes on.
         train (`Sequence[str]`): see [`trainable_parameters`].
-        learning_rate (`float`, defaults to 5e-4): of the surrogates, at its peak.
+        learning_rate (`float`, defaults to 1e-3): of the surrogates' B, at its peak.
         batch_size (`int`, defaults to 8): samples per step.
         micro_batch_size (`int`, defaults to 8): samples in memory at a time.
         epochs (`float`, defaults to 1): passes over the data.
