@@ -127,7 +127,7 @@ def leading_path(error: torch.Tensor, root: torch.Tensor, rank: int) -> tuple[to
     Return nearly the B A of [`compensate`], and the squared output error that it leaves, in a tenth of its time.
 
     By randomized subspace iteration (arXiv 0909.4061, algorithm 4.4) with `OVERSAMPLED` vectors more than the rank,
-    from a fixed seed: for SmolLM2's layers the error left at rank 8 is at most 0.1 % above the least there is.
+    from a fixed seed: in five layers of SmolLM2 tried, the squared error left at rank 8 was within 0.1 % of the least.
 
     Args:
         error (`torch.Tensor` of shape `(out, in)`): E, float32.

@@ -19,7 +19,7 @@ FEEDBACK_BLOCK = 64
 SEARCHED = (0.9,)
 """
 Scales that are tried for a block before the first round, as multiples of the format's own. The rounds refit them; with
-31 tries from 0.6 to 1.05 SmolLM2's layers end with 2 % more error, in twice the time.
+31 tries from 0.6 to 1.05, fifteen layers of SmolLM2 ended with 2 % more squared error, in nearly twice the time.
 """
 
 
