@@ -14,12 +14,16 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .backbone import weight_matrix
-from .data import Batch, mixed_precision, to_model
+from .data import Batch, draw, mixed_precision, to_model
 
 logger = logging.get_logger(__name__)
 
 MEMORY_LIMIT = 2 * 1024**3
 """Bytes of covariances that are collected in one pass over the data."""
+
+
+GRADIENT_TOKENS = 512
+"""Tokens whose gradients are in memory at a time."""
 
 
 class _AllSeen(Exception):
@@ -82,8 +86,9 @@ class Statistics:
     What calibration knows of a layer.
 
     Attributes:
-        h (`torch.Tensor` of shape `(in_features, in_features)`): H = E[x x^T] over tokens, float32.
-        magnitude (`torch.Tensor` of shape `(in_features,)`): E|x|, float32.
+        h (`torch.Tensor` of shape `(in_features, in_features)`):
+            H = E[x x^T] over tokens, float32; or with weights, sum ||g|| x x^T / sum ||g||.
+        magnitude (`torch.Tensor` of shape `(in_features,)`, *optional*): E|x|, float32; without gradients alone.
         g (`torch.Tensor` of shape `(out_features, out_features)`, *optional*):
             G = sum over tokens of g g^T / number of predictions, float32, where g is the gradient of the negative
             log-likelihood, in nats, with respect to the layer's output, for labels that the model itself samples: the
@@ -101,21 +106,26 @@ def layer_statistics(
     batches: Sequence[Batch],
     layers: Mapping[str, nn.Module],
     memory_limit: int = MEMORY_LIMIT,
-    gradient_samples: int = 0,
+    gradients: bool = False,
+    weigh_tokens: bool = False,
     seed: int = 0,
 ) -> Iterator[dict[str, Statistics]]:
     """
     Stream the statistics of each layer, as many layers at a time as fit in memory.
 
-    Layers with the same input share one H. If all of them need more than `memory_limit`, there are several passes over
-    the data; without gradients, each stops at its last layer.
+    Layers with the same input share one H, if tokens count alike. If all of them need more than `memory_limit`, there
+    are several passes over the data; without gradients, each stops at its last layer.
 
     Args:
         model (`PreTrainedModel`): the original model.
         batches (`Sequence[dict[str, torch.Tensor]]`): model inputs without padding.
         layers (`Mapping[str, nn.Module]`): Linear or Conv1D layers by name.
         memory_limit (`int`): bytes of statistics.
-        gradient_samples (`int`, defaults to 0): collect G as well, over the first so many samples, one at a time.
+        gradients (`bool`, defaults to `False`): collect G as well; `GRADIENT_TOKENS` go through the model at a time.
+        weigh_tokens (`bool`, defaults to `False`):
+            With gradients, weigh each token of H by the norm of its gradient: tokens count for as much as their errors
+            do. The expected loss, 1/2 E[(g^T E x)^2], would weigh them by its square, but gradients are heavy-tailed:
+            in early layers a hundredth of the tokens would then be all that counts.
         seed (`int`): of the labels that the model samples for G.
 
     Yields:
@@ -129,29 +139,42 @@ def layer_statistics(
     model.eval()
     try:
         groups, once = shared_inputs(model, batches[0], layers)
+        if gradients and weigh_tokens:
+            groups = [[name] for group in groups for name in group]
         passes: list[list[list[str]]] = [[]]
         used = 0
         for group in groups:
             size = 4 * shapes[group[0]][1] ** 2
-            if gradient_samples:
+            if gradients:
                 size += sum(4 * shapes[name][0] ** 2 for name in group)
             if passes[-1] and used + size > memory_limit:
                 passes.append([])
                 used = 0
             passes[-1].append(group)
             used += size
-        samples = [{key: value[i : i + 1] for key, value in batch.items()} for batch in batches
-                   for i in range(len(next(iter(batch.values()))))][:gradient_samples]  # fmt: skip
-        total = len(passes) * (len(batches) + len(samples))
+        samples = list(_small_batches(batches)) if gradients else []
+        total = len(passes) * (len(samples) + (0 if weigh_tokens and gradients else len(batches)))
         with logging.tqdm(total=total, desc="calibrating", unit="batch") as bar:
             for part in passes:
+                targets = {name: layers[name] for group in part for name in group}
+                weighted, outputs = _gradient_covariances(model, samples, targets, weigh_tokens, seed, bar)
+                rest = [group for group in part if group[0] not in weighted]
                 stop_early = once and part is not passes[-1]
-                inputs = _input_covariances(model, batches, layers, part, stop_early=stop_early, bar=bar)
-                names = [name for group in part for name in group]
-                outputs = _output_covariances(model, samples, {n: layers[n] for n in names}, seed, bar)
-                yield {name: Statistics(h, outputs.get(name), size) for name, (h, size) in inputs.items()}
+                plain = _input_covariances(model, batches, layers, rest, stop_early, bar) if rest else {}
+                found = {name: Statistics(h, outputs.get(name), size) for name, (h, size) in plain.items()}
+                found.update({name: Statistics(h, outputs[name]) for name, h in weighted.items()})
+                yield {name: found[name] for name in targets if name in found}
     finally:
         model.train(training)
+
+
+def _small_batches(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Cut batches to those that a backward pass has memory for."""
+    for batch in batches:
+        first = next(iter(batch.values()))
+        rows = max(1, GRADIENT_TOKENS // (first.shape[-1] if first.dim() == 2 else GRADIENT_TOKENS))
+        for start in range(0, len(first), rows):
+            yield {key: value[start : start + rows] for key, value in batch.items()}
 
 
 @torch.no_grad()
@@ -198,35 +221,46 @@ def _input_covariances(
             logger.warning("no calibration token reached %s: it is compensated without statistics", ", ".join(group))
             continue
         covariance = sums.pop(group[0]).div_(tokens[group[0]])
-        if not torch.isfinite(covariance.diagonal()).all():
-            raise ValueError(
-                f"the input of {group[0]} is not finite on the calibration data: the original model overflows in "
-                f"{model.dtype}; load it in bfloat16 or float32"
-            )
+        _check_finite(group[0], covariance, model)
         result.update(dict.fromkeys(group, (covariance, magnitudes[group[0]].div_(tokens[group[0]]))))
     return result
 
 
-def _output_covariances(
-    model: PreTrainedModel, samples: Sequence[Batch], layers: Mapping[str, nn.Module], seed: int, bar: Any
-) -> dict[str, torch.Tensor]:
-    sums: dict[str, torch.Tensor] = {}
+def _gradient_covariances(
+    model: PreTrainedModel,
+    samples: Sequence[Batch],
+    layers: Mapping[str, nn.Module],
+    weigh_tokens: bool,
+    seed: int,
+    bar: Any,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Return the weighted H, where asked for, and G, of the layers that the output depends on."""
+    inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
+
+    def accumulate(name: str, entered: torch.Tensor, gradient: torch.Tensor) -> None:
+        g = gradient.reshape(-1, gradient.shape[-1]).float()
+        if name not in outputs:
+            outputs[name] = g.new_zeros(g.shape[1], g.shape[1])
+        outputs[name].addmm_(g.T, g)
+        if weigh_tokens:
+            x, norm = entered.reshape(-1, entered.shape[-1]).float(), g.norm(dim=1)
+            if name not in inputs:
+                inputs[name], weights[name] = x.new_zeros(x.shape[1], x.shape[1]), norm.new_zeros(())
+            inputs[name].addmm_(x.T * norm, x)
+            weights[name] += norm.sum()
 
     def watch(name: str) -> Any:
-        def accumulate(gradient: torch.Tensor) -> None:
-            g = gradient.reshape(-1, gradient.shape[-1]).float()
-            if name not in sums:
-                sums[name] = g.new_zeros(g.shape[1], g.shape[1])
-            sums[name].addmm_(g.T, g)
-
-        def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if output.requires_grad:
-                output.register_hook(accumulate)
+                entered = args[0].detach()
+                output.register_hook(lambda gradient: accumulate(name, entered, gradient))
 
         return hook
 
     if not samples:
-        return sums
+        return {}, {}
     predictions = 0
     generator = torch.Generator().manual_seed(seed)
     handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
@@ -244,7 +278,18 @@ def _output_covariances(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: total / predictions for name, total in sums.items()}
+    for name, h in inputs.items():
+        _check_finite(name, h, model)
+    weighted = {name: h / weights[name] for name, h in inputs.items() if weights[name] > 0}
+    return weighted, {name: total / predictions for name, total in outputs.items()}
+
+
+def _check_finite(name: str, covariance: torch.Tensor, model: PreTrainedModel) -> None:
+    if not torch.isfinite(covariance.diagonal()).all():
+        raise ValueError(
+            f"the input of {name} is not finite on the calibration data: the original model overflows in "
+            f"{model.dtype}; load it in bfloat16 or float32"
+        )
 
 
 def _sampled_loss(output: Any, generator: torch.Generator) -> tuple[torch.Tensor, int]:
@@ -256,7 +301,7 @@ def _sampled_loss(output: Any, generator: torch.Generator) -> tuple[torch.Tensor
     """
     if "logits" in output:
         logits = output.logits.float().flatten(0, -2)
-        labels = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).to(logits.device)[:, 0]
+        labels = draw(logits.detach(), generator)[:, 0]
         return F.cross_entropy(logits, labels, reduction="sum"), len(labels)
     states = F.normalize(output.last_hidden_state.float().flatten(0, -2), dim=-1)
     noise = torch.randn(states.shape, generator=generator).to(states.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
 from collections.abc import Callable, Sequence
@@ -12,30 +13,31 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from .backbone import quantize_linear, weight_matrix
 from .calibration import Statistics, layer_statistics
 from .checkpoint import prepare_folder, read_json, write_json
-from .compensation import compensate, damped
-from .configuration import PolarizeConfig
+from .compensation import Compensation, compensate, damped
+from .configuration import PolarizeConfig, SurrogateConfig
 from .distillation import teacher_dataset
-from .evaluation import HeldOut, Quality
 from .formats import BackboneLayer
 from .pipeline import Evaluator, at_most, closed_form, load_model, recipe_batches, train
 from .plan import make_plan
 from .recipe import COMPARED, Recipe, load_data
 from .report import markdown_table, plot_curves
-from .requantization import Inputs, requantize
+from .solver import install, rounded_backbone
 
 LOFTQ_ROUNDS = 5
 """Alternations of LoftQ, as in its paper."""
 
 
+Solution = tuple[BackboneLayer, Compensation]
+
+
 @dataclass
 class Problem:
-    """One layer, as every method gets it: W `(out, in)` float64, its backbone layer, and the statistics."""
+    """One layer, as every method gets it: W `(out, in)` float64, its configuration, and the statistics."""
 
     module: nn.Module
     config: PolarizeConfig
@@ -45,32 +47,23 @@ class Problem:
     def weight(self) -> torch.Tensor:
         return weight_matrix(self.module).detach().double()
 
-    def backbone(self) -> BackboneLayer:
-        return quantize_linear(self.module, self.config)
+
+def _path(weight: torch.Tensor, layer: BackboneLayer, covariance: torch.Tensor, rank: int) -> Compensation:
+    """The best path beside a backbone layer."""
+    return compensate(weight, weight - layer.dequantized().double(), covariance, rank)
 
 
-def backbone_alone(problem: Problem, rank: int) -> torch.Tensor:
-    """Q, as bitsandbytes rounds it."""
-    return problem.backbone().dequantized().double()
+def _added(problem: Problem, rank: int, covariance: torch.Tensor) -> Solution:
+    layer = quantize_linear(problem.module, problem.config)
+    return layer, _path(problem.weight, layer, covariance, rank)
 
 
-def _added(problem: Problem, rank: int, covariance: torch.Tensor) -> torch.Tensor:
-    q = backbone_alone(problem, rank)
-    return q + _path(problem.weight, problem.weight - q, covariance, rank)
-
-
-def _path(weight: torch.Tensor, error: torch.Tensor, covariance: torch.Tensor, rank: int) -> torch.Tensor:
-    """The best B A for an error, `(out, in)`, float64."""
-    solution = compensate(weight, error, covariance, rank)
-    return solution.b.double() @ solution.a.double()
-
-
-def svd(problem: Problem, rank: int) -> torch.Tensor:
+def svd(problem: Problem, rank: int) -> Solution:
     """Truncated SVD of the error (LoRC of ZeroQuant-V2, arXiv 2303.08302; there the factors are 8-bit, here not)."""
     return _added(problem, rank, torch.eye(problem.weight.shape[1], dtype=torch.float64))
 
 
-def lqer(problem: Problem, rank: int) -> torch.Tensor:
+def lqer(problem: Problem, rank: int) -> Solution:
     """Error scaled by the mean magnitude of each input (L²QER, arXiv 2402.02446, equation 11)."""
     magnitude = problem.statistics.magnitude
     assert magnitude is not None
@@ -79,80 +72,59 @@ def lqer(problem: Problem, rank: int) -> torch.Tensor:
     return _added(problem, rank, torch.diag(s.square()))
 
 
-def qera_approx(problem: Problem, rank: int) -> torch.Tensor:
+def qera_approx(problem: Problem, rank: int) -> Solution:
     """Error scaled by the root mean square of each input (QERA-approx, arXiv 2410.06040, theorem 2)."""
     return _added(problem, rank, torch.diag(problem.statistics.h.diagonal().double().clamp(min=1e-12)))
 
 
-def qera_exact(problem: Problem, rank: int) -> torch.Tensor:
+def qera_exact(problem: Problem, rank: int) -> Solution:
     """Full input covariance (QERA-exact, arXiv 2410.06040, theorem 1; EoRA, arXiv 2410.21271)."""
     return _added(problem, rank, damped(problem.statistics.h))
 
 
-def loftq(problem: Problem, rank: int) -> torch.Tensor:
+def loftq(problem: Problem, rank: int) -> Solution:
     """
     Alternate Q of W - B A with B A of W - Q (LoftQ, arXiv 2310.08659, algorithm 1).
 
     Our own lines: the ones of peft 0.21 need CUDA.
     """
-    weight = problem.weight
+    weight, bias = problem.weight, problem.module.bias
     eye = torch.eye(weight.shape[1], dtype=torch.float64)
+    rest = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    rest.bias = bias  # type: ignore[assignment]
     path = torch.zeros_like(weight)
     for _ in range(LOFTQ_ROUNDS):
-        rest = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.float32, device="meta")
-        rest.weight = nn.Parameter((weight - path).float(), requires_grad=False)
-        q = quantize_linear(rest, problem.config).dequantized().double()
-        path = _path(weight, weight - q, eye, rank)
-    return q + path
+        rest.weight = nn.Parameter((weight - path).to(problem.module.weight), requires_grad=False)  # type: ignore[arg-type]
+        layer = quantize_linear(rest, problem.config)
+        solution = _path(weight, layer, eye, rank)
+        path = solution.b.double() @ solution.a.double()
+    return layer, solution
 
 
-def ours(problem: Problem, rank: int) -> torch.Tensor:
-    """Codes and scales chosen for the surrogate (see [`~hf_polarize.requantization.requantize`]), full covariance."""
-    layer, inputs = problem.backbone(), Inputs(damped(problem.statistics.h))
-    requantize(layer, problem.weight, inputs, rank)
-    q = layer.dequantized().double()
-    return q + _path(problem.weight, problem.weight - q, inputs.covariance, rank)
-
-
-METHODS: dict[str, Callable[[Problem, int], torch.Tensor]] = {
-    "backbone alone": backbone_alone,
+METHODS: dict[str, Callable[[Problem, int], Solution]] = {
     "SVD (LoRC)": svd,
     "LoftQ (our implementation)": loftq,
     "LQER": lqer,
     "QERA-approx": qera_approx,
     "QERA-exact = EoRA": qera_exact,
-    "ours, closed form": ours,
 }
-TRAINED = "ours, trained"
-BACKBONE = "backbone alone"
+BACKBONE, CLOSED, TRAINED = "backbone alone", "ours, closed form", "ours, trained"
 UNCALIBRATED = (BACKBONE, "SVD (LoRC)", "LoftQ (our implementation)")
 
 
 @torch.no_grad()
 def with_method(
-    model: PreTrainedModel,
-    layers: dict[str, nn.Module],
-    config: PolarizeConfig,
-    statistics: dict[str, Statistics],
-    method: str,
-    rank: int,
-    held_out: HeldOut,
-) -> Quality:
-    """
-    Measure the original with each weight replaced by what a method makes of it, Q + B A in the original's dtype.
-
-    So all methods are computed alike, whatever kernels the machine has. The model is left as it was.
-    """
-    kept = {name: module.weight.data for name, module in layers.items()}  # type: ignore[union-attr]
-    try:
-        for name, module in logging.tqdm(layers.items(), desc=f"{method}, rank {rank}", unit="layer"):
-            value = METHODS[method](Problem(module, config, statistics.get(name) or _blind(module)), rank)
-            matrix = value.T if isinstance(module, Conv1D) else value
-            module.weight.data = matrix.to(kept[name]).contiguous()  # type: ignore[union-attr, arg-type]
-        return held_out.measure(model, method)
-    finally:
-        for name, module in layers.items():
-            module.weight.data = kept[name]  # type: ignore[union-attr]
+    model: PreTrainedModel, recipe: Recipe, statistics: dict[str, Statistics], method: str, rank: int
+) -> PreTrainedModel:
+    """Return a copy of the original with the backbone and the surrogates of a rival of ours."""
+    copied = copy.deepcopy(model)
+    plan = make_plan(copied, recipe.polarize_config(), SurrogateConfig(r=rank))
+    solutions = {}
+    for name, module in logging.tqdm(plan.layers.items(), desc=f"{method}, rank {rank}", unit="layer"):
+        problem = Problem(module, plan.quantizer.quantization_config, statistics.get(name) or _blind(module))
+        plan.backbone[name], solutions[name] = METHODS[method](problem, rank)
+    install(copied, plan, solutions)
+    return copied
 
 
 def _blind(module: nn.Module) -> Statistics:
@@ -181,56 +153,67 @@ def compare_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     Returns:
         `dict`: the content of `comparison.json`.
     """
-    check_methods(recipe.compare_methods)
+    methods = recipe.compare_methods
+    check_methods(methods)
     folder = Path(recipe.output_dir)
     prepare_folder(folder, recipe.overwrite or (folder / "comparison.json").is_file())
     calibration, evaluation = load_data(recipe.calibration), load_data(recipe.evaluation)
+    wanted = {recipe.max_tokens: list(dict.fromkeys([recipe.r, *recipe.compare_ranks]))}
+    for tokens in recipe.compare_tokens:
+        wanted.setdefault(tokens, [recipe.r])
+    recipes = {
+        (rank, tokens): replace(recipe, r=rank, max_tokens=tokens) for tokens in wanted for rank in wanted[tokens]
+    }
     model, processor = load_model(recipe)
-    config = recipe.polarize_config()
-    plan = make_plan(model, config, recipe.surrogate_config())
-    layers, config = dict(plan.layers), plan.quantizer.quantization_config
-    asked = asdict(recipe)
-    record = _resume(folder / "comparison.json", asked)
-    longest = max([recipe.max_tokens, *recipe.compare_tokens])
-    training = replace(recipe, train=(recipe.train or ["surrogate"]) if TRAINED in recipe.compare_methods else None)
-    batches, held_back = recipe_batches(replace(training, max_tokens=longest), model, calibration, processor)
+    plan = make_plan(model, recipe.polarize_config(), SurrogateConfig(r=max(wanted[recipe.max_tokens])))
+    record = _resume(folder / "comparison.json", asdict(recipe))
+    training = replace(recipe, train=(recipe.train or ["surrogate"]) if TRAINED in methods else None)
+    batches, held_back = recipe_batches(replace(training, max_tokens=max(wanted)), model, calibration, processor)
     evaluator = Evaluator(model, recipe, evaluation, processor)
-    original = evaluator.original
     results = record["results"]
+    folder.mkdir(parents=True, exist_ok=True)
+    record["original"] = asdict(evaluator.original)
 
     def done(method: str, rank: int, tokens: int) -> bool:
         return any((r["method"], r["rank"], r["tokens"]) == (method, rank, tokens) for r in results)
 
-    def keep(method: str, rank: int, tokens: int, quality: Quality) -> None:
+    def keep(method: str, rank: int, tokens: int, measured: PreTrainedModel) -> None:
+        quality = evaluator.held_out.measure(measured, f"{method}, rank {rank}, {tokens} tokens")
         results.append({"method": method, "rank": rank, "tokens": tokens, **asdict(quality)})
         write_json(folder / "comparison.json", record)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    record["original"] = asdict(original)
-    closed = [method for method in recipe.compare_methods if method != TRAINED]
-    wanted = {recipe.max_tokens: list(dict.fromkeys([recipe.r, *recipe.compare_ranks]))}
-    for tokens in recipe.compare_tokens:
-        wanted.setdefault(tokens, [recipe.r])
-    for tokens, ranks in wanted.items():
-        todo = [(m, r) for r in ranks for m in closed
-                if not done(m, r, tokens) and (m not in UNCALIBRATED or tokens == recipe.max_tokens)
-                and (m != BACKBONE or r == recipe.r)]  # fmt: skip
-        if not todo:
-            continue
-        statistics: dict[str, Statistics] = {}
-        for part in layer_statistics(model, at_most(batches, tokens, model), layers, memory_limit=2**62):
-            statistics.update(part)
-        for method, rank in todo:
-            quality = with_method(model, layers, config, statistics, method, rank, evaluator.held_out)
-            keep(method, rank, tokens, quality)
-    if TRAINED in recipe.compare_methods and not done(TRAINED, recipe.r, recipe.max_tokens):
+    def ours(rank: int, tokens: int) -> PreTrainedModel:
+        copied = copy.deepcopy(model)
+        closed_form(recipes[rank, tokens], copied, at_most(batches, tokens, model), held_back, processor)
+        return copied
+
+    main = (recipe.r, recipe.max_tokens)
+    if TRAINED in methods and not done(TRAINED, *main):
         with tempfile.TemporaryDirectory(prefix="hf-polarize-") as scratch:
             fresh = at_most(batches, recipe.train_tokens, model)
             data, held_out = (teacher_dataset(model, part, scratch) for part in (fresh, held_back))
-            first = at_most(batches, recipe.max_tokens, model)
-            closed_form(training, model, first, held_back, processor)
-            train(training, model, data, held_out, scratch)
-        keep(TRAINED, recipe.r, recipe.max_tokens, evaluator.held_out.measure(model, TRAINED))
+            student = ours(*main)
+            if CLOSED in methods and not done(CLOSED, *main):
+                keep(CLOSED, *main, student)
+            train(training, student, data, held_out, scratch)
+        keep(TRAINED, *main, student)
+        del student
+    for tokens, ranks in wanted.items():
+        todo = [(m, r) for r in ranks for m in methods
+                if m != TRAINED and not done(m, r, tokens) and (m not in UNCALIBRATED or tokens == recipe.max_tokens)
+                and (m != BACKBONE or r == recipe.r)]  # fmt: skip
+        statistics: dict[str, Statistics] = {}
+        if any(method in METHODS for method, _ in todo):
+            for part in layer_statistics(model, at_most(batches, tokens, model), plan.layers, memory_limit=2**62):
+                statistics.update(part)
+        for method, rank in todo:
+            if method == BACKBONE:
+                with rounded_backbone(model, plan):
+                    keep(method, rank, tokens, model)
+            elif method == CLOSED:
+                keep(method, rank, tokens, ours(rank, tokens))
+            else:
+                keep(method, rank, tokens, with_method(model, recipe, statistics, method, rank))
     write_comparison(folder, record, recipe, evaluator.protocol, command)
     return record
 
@@ -260,7 +243,7 @@ def write_comparison(folder: Path, record: dict[str, Any], recipe: Recipe, proto
     if backbone is None:
         raise ValueError(f'the comparison needs "{BACKBONE}" among its methods: all others are measured against it')
     rows = [["original", f"{original['loss']:.4f}", "0", "", ""]]
-    for method in [*METHODS, TRAINED]:
+    for method in COMPARED:
         one = found.get((method, rank, tokens))
         if one is None:
             continue
@@ -282,13 +265,14 @@ def write_comparison(folder: Path, record: dict[str, Any], recipe: Recipe, proto
             name = f"loss_against_{axis}.png"
             plot_curves(curves, original["loss"], backbone["loss"], label, folder / name)
             pictures.append(f"![loss against {label}]({name})")
+    trained = f", trained on {recipe.train_tokens} of it" if (TRAINED, rank, tokens) in found else ""
     text = f"""# {recipe.source()[2].rpartition("/")[2]}: {recipe.backbone.upper()}, rank {rank}, side by side
 
 {table}
 
 ± is one standard error of the paired difference to the backbone alone, over windows. {protocol} Calibrated on at most
-{tokens} tokens of {recipe.calibration.rpartition("/")[2]}. All methods but the trained one are computed as sums
-Q + B A in the original's dtype; the trained one with the quantized layers themselves.
+{tokens} tokens of {recipe.calibration.rpartition("/")[2]}{trained}. All methods run as quantized layers with a path
+beside each.
 
 {chr(10).join(pictures)}
 

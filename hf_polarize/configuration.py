@@ -278,9 +278,12 @@ class ClosedForm:
             `"uniform"`: each surrogate has its rank of the [`SurrogateConfig`]. `"sensitivity"`: as many bytes, spent
             where they are predicted to win most; kept only if held-out data says so. Some servers want one rank.
         r_max (`int`, defaults to 32): largest rank of a layer under `"sensitivity"`.
-        gradient_samples (`int`, defaults to 16):
-            Samples over which the output covariance is collected, for `two_sided`, `"sensitivity"` and the
-            sensitivity report; 0 goes without.
+        gradients (`bool`, defaults to `True`):
+            Collect gradients on the calibration data, for `weigh_tokens`, `two_sided`, `"sensitivity"` and the
+            sensitivity report. A backward pass of the original then takes place of its forward pass.
+        weigh_tokens (`bool`, defaults to `True`):
+            With gradients, weigh each calibration token by the norm of its gradient, layer by layer: those count whose
+            errors do. See [`~hf_polarize.calibration.layer_statistics`].
         held_out (`int`, defaults to 8): samples of the calibration data that are kept back to choose by.
 
     Raises:
@@ -292,21 +295,22 @@ class ClosedForm:
     two_sided: bool = False
     allocation: str = "uniform"
     r_max: int = 32
-    gradient_samples: int = 16
+    gradients: bool = True
+    weigh_tokens: bool = True
     held_out: int = 8
 
     def __post_init__(self) -> None:
         if self.allocation not in ALLOCATIONS:
             raise choice_error("allocation", self.allocation, ALLOCATIONS)
-        for name in ("alternations", "gradient_samples", "held_out"):
+        for name in ("alternations", "held_out"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
         if self.r_max < 1:
             raise ValueError(f"r_max must be at least 1; got {self.r_max}")
-        if self.chooses and not (self.gradient_samples and self.held_out):
+        if self.chooses and not (self.gradients and self.held_out):
             raise ValueError(
-                'two_sided and allocation="sensitivity" need gradient_samples and held_out of at least 1; got '
-                f"{self.gradient_samples} and {self.held_out}"
+                'two_sided and allocation="sensitivity" need gradients, and held_out of at least 1; got '
+                f"gradients={self.gradients} and held_out={self.held_out}"
             )
 
     @property

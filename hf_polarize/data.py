@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -46,6 +47,14 @@ def mixed_precision(model: PreTrainedModel) -> torch.autocast:
     return torch.autocast(
         device.type, torch.bfloat16, enabled=model.dtype == torch.float32 and bfloat16_is_fast(device)
     )
+
+
+def bfloat16_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a copy with parameters in bfloat16 where that is faster than the float32 of the model; else the model."""
+    if model.dtype != torch.float32 or not bfloat16_is_fast(torch.device(model.device)):
+        return model
+    cast = {id(p): torch.nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, cast)
 
 
 def is_text_model(model: PreTrainedModel) -> bool:
@@ -197,26 +206,29 @@ _CANT_WRITE = (
 )
 
 
-class _Sample(LogitsProcessor):
+def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """
-    Draw each row's next token by inverting its distribution, and leave only that one possible.
+    Draw a class of softmax(logits) for each row, `(n, 1)`, by inverting its distribution.
 
-    The distribution is softmax(logits). torch.multinomial, which generate uses, draws a number for every word of the
-    vocabulary: a millisecond per token on a CPU.
+    torch.multinomial draws a number for every class: a millisecond per row of a vocabulary on a CPU.
     """
+    cumulated = logits.float().softmax(-1).cumsum(-1)
+    drawn = torch.rand(len(logits), 1, generator=generator).to(logits.device) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, drawn).clamp(max=logits.shape[-1] - 1)
+
+
+class _Sample(LogitsProcessor):
+    """Draw each row's next token, and leave only that one possible."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self.generator = generator
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        cumulated = scores.float().softmax(-1).cumsum(-1)
-        drawn = torch.rand(len(scores), 1, generator=self.generator).to(scores.device) * cumulated[:, -1:]
-        chosen = torch.searchsorted(cumulated, drawn).clamp(max=scores.shape[-1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter(-1, chosen, 0.0)
+        return torch.full_like(scores, -torch.inf).scatter(-1, draw(scores, self.generator), 0.0)
 
 
 @torch.no_grad()
-def self_windows(model: PreTrainedModel, window: int, count: int, seed: int, batch_size: int = 64) -> torch.Tensor:
+def self_windows(model: PreTrainedModel, window: int, count: int, seed: int, batch_size: int = 128) -> torch.Tensor:
     """
     Let a causal language model write its own calibration text.
 
@@ -229,7 +241,7 @@ def self_windows(model: PreTrainedModel, window: int, count: int, seed: int, bat
         window (`int`): tokens per window.
         count (`int`): number of windows.
         seed (`int`): of the sampling; torch's own random state is left as it was.
-        batch_size (`int`, defaults to 64): windows written side by side.
+        batch_size (`int`, defaults to 128): windows written side by side, at most.
 
     Returns:
         `torch.Tensor` of shape `(count, window)`, int64.
@@ -240,7 +252,8 @@ def self_windows(model: PreTrainedModel, window: int, count: int, seed: int, bat
     starts = torch.randint(model.config.get_text_config().vocab_size, (count, 1), generator=generator)
     likeliest = min(LIKELIEST, window - 1)
     parts = []
-    own = model.generation_config
+    writer = bfloat16_copy(model)
+    own = writer.generation_config
     with logging.tqdm(total=count * (window - 1), desc="writing calibration text", unit="token") as bar:
 
         def show(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
@@ -251,19 +264,18 @@ def self_windows(model: PreTrainedModel, window: int, count: int, seed: int, bat
             if not length:
                 return ids
             # generate fills gaps from the model's own configuration
-            model.generation_config = GenerationConfig(do_sample=False, max_new_tokens=length, pad_token_id=0)
-            written: torch.Tensor = model.generate(
+            writer.generation_config = GenerationConfig(do_sample=False, max_new_tokens=length, pad_token_id=0)
+            written: torch.Tensor = writer.generate(
                 ids, attention_mask=torch.ones_like(ids), stopping_criteria=[show], logits_processor=processors
             )
             return written
 
         try:
-            with mixed_precision(model):
-                for part in starts.to(model.device).split(batch_size):
-                    part = go_on(part, likeliest, [])
-                    parts.append(go_on(part, window - 1 - likeliest, [_Sample(generator)]).cpu())
+            for part in starts.to(model.device).chunk(-(-count // batch_size)):
+                part = go_on(part, likeliest, [])
+                parts.append(go_on(part, window - 1 - likeliest, [_Sample(generator)]).cpu())
         finally:
-            model.generation_config = own
+            writer.generation_config = own
     return torch.cat(parts)
 
 

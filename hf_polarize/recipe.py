@@ -77,7 +77,8 @@ class Recipe:
     two_sided: bool = _key(False, "weigh output errors by gradients, per kind of layer where held-out data likes it")
     allocation: str = _key("uniform", "of ranks: uniform, or sensitivity (as many bytes, where they win most)")
     r_max: int = _key(32, "largest rank under allocation: sensitivity")
-    gradient_samples: int = _key(16, "samples whose gradients are collected, for sensitivity; 0 goes without")
+    gradients: bool = _key(True, "collect gradients on the calibration data, for all that goes by sensitivity")
+    weigh_tokens: bool = _key(True, "with gradients, weigh calibration tokens by the norm of theirs")
     held_out: int = _key(12, "samples of the calibration data that are kept back to choose and to stop by")
 
     calibration: str = _key(

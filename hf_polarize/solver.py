@@ -71,9 +71,10 @@ def solve(
     for name, module in plan.layers.items():
         if name not in plan.backbone:
             plan.backbone[name] = quantize_linear(module, plan.quantizer.quantization_config)
-    samples = closed_form.gradient_samples
     with logging.tqdm(total=len(targets), desc="solving", unit="layer") as bar:
-        for part in layer_statistics(plan.original, batches, targets, memory_limit, samples, seed):
+        for part in layer_statistics(
+            plan.original, batches, targets, memory_limit, closed_form.gradients, closed_form.weigh_tokens, seed
+        ):
             last = None
             for name, statistics in part.items():
                 if statistics.h is not last:

@@ -122,7 +122,7 @@ def test_output_covariances_are_asked_for_and_cost_the_model_nothing(family):
     model = tiny_model(family)
     batches = [tiny_inputs(model)]
     flags = [parameter.requires_grad for parameter in model.parameters()]
-    (part,) = layer_statistics(model, batches, layers_of(model), gradient_samples=3)
+    (part,) = layer_statistics(model, batches, layers_of(model), gradients=True)
     plain = collect(model, batches)
     for name, statistics in part.items():
         torch.testing.assert_close(statistics.h, plain[name])
@@ -136,13 +136,45 @@ def test_output_covariances_are_asked_for_and_cost_the_model_nothing(family):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("family", ["llama-untied", "bert", "gpt2"])
+def test_tokens_weigh_as_much_as_their_gradients(family):
+    model = tiny_model(family)
+    batches = [tiny_inputs(model, seed=seed) for seed in range(2)]
+    layers = layers_of(model)
+    seen = {name: [] for name in layers}
+
+    def watch(name):
+        def hook(module, args, output):
+            if output.requires_grad:
+                output.register_hook(lambda g: seen[name].append((args[0].detach().double(), g.double())))
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    (part,) = layer_statistics(model, batches, layers, gradients=True, weigh_tokens=True)
+    for handle in handles:
+        handle.remove()
+    plain = collect(model, batches)
+    assert set(part) == set(plain)
+    for name, statistics in part.items():
+        if not seen[name]:
+            assert name == "pooler.dense"
+            torch.testing.assert_close(statistics.h, plain[name])
+            continue
+        x, g = (torch.cat([pair[i].flatten(0, -2) for pair in seen[name]]) for i in (0, 1))
+        norm = g.norm(dim=1)
+        expected = (x.T * norm) @ x / norm.sum()
+        torch.testing.assert_close(statistics.h.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+        assert not torch.allclose(statistics.h, plain[name], rtol=1e-2)
+
+
 def test_output_covariance_predicts_the_loss_of_a_small_error():
     """1/2 tr(G E H E^T) against KL(original || model), for an error in the layer before the logits."""
     model = tiny_model("llama-untied")
     name = "model.layers.1.mlp.down_proj"
     batches = [tiny_inputs(model, n=64, seed=seed) for seed in range(4)]
     layers = {name: layers_of(model)[name]}
-    (part,) = layer_statistics(model, batches, layers, gradient_samples=256)
+    (part,) = layer_statistics(model, batches, layers, gradients=True)
     statistics = part[name]
     torch.manual_seed(0)
     weight = model.get_submodule(name).weight

@@ -8,9 +8,10 @@ from conftest import TEXT, tiny_model
 from torch import nn
 
 from hf_polarize import PolarizeConfig
+from hf_polarize.backbone import quantize_linear
 from hf_polarize.calibration import Statistics
 from hf_polarize.cli import main
-from hf_polarize.comparison import METHODS, Problem
+from hf_polarize.comparison import BACKBONE, CLOSED, METHODS, TRAINED, Problem
 from hf_polarize.recipe import COMPARED
 
 
@@ -24,36 +25,43 @@ def problem():
     return Problem(linear, config, Statistics(x.T @ x / len(x), None, x.abs().mean(0))), x.double()
 
 
-def error(problem, x, method, rank=8):
-    return float((x @ (METHODS[method](problem, rank) - problem.weight).T).norm())
+def product(problem, method, rank=8):
+    """Q + B A, float64."""
+    layer, solution = METHODS[method](problem, rank)
+    return layer.dequantized().double() + solution.b.double() @ solution.a.double()
+
+
+def rounded(problem):
+    return quantize_linear(problem.module, problem.config).dequantized().double()
 
 
 def test_all_of_the_compared_methods_are_there():
-    assert [*METHODS, "ours, trained"] == list(COMPARED)
+    assert [BACKBONE, *METHODS, CLOSED, TRAINED] == list(COMPARED)
 
 
 @pytest.mark.parametrize("method", ["SVD (LoRC)", "LQER", "QERA-approx", "QERA-exact = EoRA"])
-def test_what_is_added_has_the_rank(problem, method):
+def test_what_is_added_has_the_rank_and_the_backbone_is_plain(problem, method):
     problem, _ = problem
-    added = METHODS[method](problem, 5) - METHODS["backbone alone"](problem, 5)
-    values = torch.linalg.svdvals(added)
-    assert values[4] > 1e-4 * values[0] and values[5] < 1e-9 * values[0]
+    layer, solution = METHODS[method](problem, 5)
+    assert torch.equal(layer.dequantized().double(), rounded(problem))
+    values = torch.linalg.svdvals(solution.b.double() @ solution.a.double())
+    assert len(solution.a) == 5 and values[4] > 1e-4 * values[0]
 
 
 def test_svd_is_the_best_path_for_the_weight_and_exact_the_best_for_the_output(problem):
     problem, x = problem
-    weights = {m: float((METHODS[m](problem, 8) - problem.weight).norm()) for m in METHODS if m != "ours, closed form"}
+    weights = {method: float((product(problem, method) - problem.weight).norm()) for method in METHODS}
     added = {m: w for m, w in weights.items() if m != "LoftQ (our implementation)"}
     assert min(added, key=added.get) == "SVD (LoRC)"
-    outputs = {method: error(problem, x, method) for method in METHODS}
-    assert outputs["ours, closed form"] < outputs["QERA-exact = EoRA"] < outputs["QERA-approx"]
-    assert outputs["QERA-approx"] < outputs["SVD (LoRC)"] < outputs["backbone alone"]
+    outputs = {m: float((x @ (product(problem, m) - problem.weight).T).norm()) for m in METHODS}
+    assert outputs["QERA-exact = EoRA"] < outputs["QERA-approx"] < outputs["SVD (LoRC)"]
+    assert outputs["SVD (LoRC)"] < float((x @ (rounded(problem) - problem.weight).T).norm())
     assert outputs["LQER"] < outputs["SVD (LoRC)"]
 
 
 def test_loftq_brings_the_weight_nearer_than_one_svd(problem):
     problem, _ = problem
-    distance = {m: float((METHODS[m](problem, 8) - problem.weight).norm()) for m in METHODS}
+    distance = {method: float((product(problem, method) - problem.weight).norm()) for method in METHODS}
     assert distance["LoftQ (our implementation)"] < distance["SVD (LoRC)"]
 
 

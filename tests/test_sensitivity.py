@@ -53,7 +53,7 @@ def test_spearman():
 def polarized():
     model = tiny_model("llama-untied")
     batches = [tiny_inputs(model, n=8, seed=seed) for seed in range(3)]
-    closed_form = ClosedForm(two_sided=True, allocation="sensitivity", r_max=12, gradient_samples=8, held_out=8)
+    closed_form = ClosedForm(two_sided=True, allocation="sensitivity", r_max=12, held_out=8)
     return polarize(model, batches, PolarizeConfig("nf4"), SurrogateConfig(r=4), closed_form)
 
 
@@ -90,8 +90,8 @@ def test_the_report_is_a_table_a_file_and_a_picture(polarized, tmp_path):
     [
         ({"allocation": "best"}, "allocation must be one of"),
         ({"alternations": -1}, "alternations must be at least 0"),
-        ({"two_sided": True, "gradient_samples": 0}, "need gradient_samples"),
-        ({"allocation": "sensitivity", "held_out": 0}, "need gradient_samples and held_out"),
+        ({"two_sided": True, "gradients": False}, "need gradients"),
+        ({"allocation": "sensitivity", "held_out": 0}, "need gradients, and held_out"),
     ],
 )
 def test_bad_switches_are_refused(kwargs, message):

@@ -24,7 +24,7 @@ from hf_polarize.formats import BackboneLinear4bit
 from hf_polarize.surrogate import factors
 from hf_polarize.training import PolarizeTrainer, distill, freeze, trainable_parameters
 
-PLAIN = ClosedForm(scale_search=False, alternations=0, gradient_samples=0)
+PLAIN = ClosedForm(scale_search=False, alternations=0, gradients=False)
 
 
 def windows(n=24, seed=1):
@@ -221,7 +221,7 @@ def test_hidden_and_layer_terms_add_to_the_loss(tmp_path):
     fresh = tiny_model("llama-untied")
     polarize(
         fresh, [tiny_inputs(fresh)], PolarizeConfig("nf4"), SurrogateConfig(r=4),
-        ClosedForm(scale_search=False, alternations=0, gradient_samples=4), keep_layer_losses=True,
+        ClosedForm(scale_search=False, alternations=0), keep_layer_losses=True,
     )  # fmt: skip
     assert set(fresh.layer_losses) == set(factors(fresh))
     record = distill(
