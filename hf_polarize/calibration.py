@@ -240,12 +240,13 @@ def _gradient_covariances(
     weights: dict[str, torch.Tensor] = {}
 
     def accumulate(name: str, entered: torch.Tensor, gradient: torch.Tensor) -> None:
-        g = gradient.reshape(-1, gradient.shape[-1]).float()
+        g = gradient.reshape(-1, gradient.shape[-1])
+        g = g if g.dtype == torch.bfloat16 else g.float()
         if name not in outputs:
-            outputs[name] = g.new_zeros(g.shape[1], g.shape[1])
-        outputs[name].addmm_(g.T, g)
+            outputs[name] = torch.zeros(g.shape[1], g.shape[1], device=g.device)
+        outputs[name] += g.T @ g  # sampled labels leave more noise in it than bfloat16, which takes half the time
         if weigh_tokens:
-            x, norm = entered.reshape(-1, entered.shape[-1]).float(), g.norm(dim=1)
+            x, norm = entered.reshape(-1, entered.shape[-1]).float(), g.float().norm(dim=1)
             if name not in inputs:
                 inputs[name], weights[name] = x.new_zeros(x.shape[1], x.shape[1]), norm.new_zeros(())
             inputs[name].addmm_(x.T * norm, x)

@@ -21,12 +21,13 @@ from .checkpoint import prepare_folder, read_json, write_json
 from .compensation import Compensation, compensate, damped
 from .configuration import PolarizeConfig, SurrogateConfig
 from .distillation import teacher_dataset
+from .evaluation import HeldOut
 from .formats import BackboneLayer
-from .pipeline import Evaluator, at_most, closed_form, load_model, recipe_batches, train
+from .pipeline import Evaluator, at_most, load_model, recipe_batches, train
 from .plan import make_plan
 from .recipe import COMPARED, Recipe, load_data
 from .report import markdown_table, plot_curves
-from .solver import install, rounded_backbone
+from .solver import carry_out, install, rounded_backbone
 
 LOFTQ_ROUNDS = 5
 """Alternations of LoftQ, as in its paper."""
@@ -160,10 +161,9 @@ def compare_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     calibration, evaluation = load_data(recipe.calibration), load_data(recipe.evaluation)
     wanted = {recipe.max_tokens: list(dict.fromkeys([recipe.r, *recipe.compare_ranks]))}
     for tokens in recipe.compare_tokens:
+        if tokens < recipe.window:
+            raise ValueError(f"compare_tokens: {tokens} tokens hold no window of {recipe.window}")
         wanted.setdefault(tokens, [recipe.r])
-    recipes = {
-        (rank, tokens): replace(recipe, r=rank, max_tokens=tokens) for tokens in wanted for rank in wanted[tokens]
-    }
     model, processor = load_model(recipe)
     plan = make_plan(model, recipe.polarize_config(), SurrogateConfig(r=max(wanted[recipe.max_tokens])))
     record = _resume(folder / "comparison.json", asdict(recipe))
@@ -173,6 +173,9 @@ def compare_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     results = record["results"]
     folder.mkdir(parents=True, exist_ok=True)
     record["original"] = asdict(evaluator.original)
+    closed_form = recipe.closed_form()
+    yardstick = HeldOut(model, held_back) if closed_form.chooses else None
+    sensitive = {"gradients": closed_form.gradients, "weigh_tokens": closed_form.weigh_tokens}
 
     def done(method: str, rank: int, tokens: int) -> bool:
         return any((r["method"], r["rank"], r["tokens"]) == (method, rank, tokens) for r in results)
@@ -182,9 +185,17 @@ def compare_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         results.append({"method": method, "rank": rank, "tokens": tokens, **asdict(quality)})
         write_json(folder / "comparison.json", record)
 
-    def ours(rank: int, tokens: int) -> PreTrainedModel:
+    def statistics(tokens: int, **options: bool) -> dict[str, Statistics]:
+        parts = layer_statistics(
+            model, at_most(batches, tokens, model), plan.layers, 2**62, seed=recipe.seed, **options
+        )
+        return {name: known for part in parts for name, known in part.items()}
+
+    def ours(rank: int, known: dict[str, Statistics]) -> PreTrainedModel:
         copied = copy.deepcopy(model)
-        closed_form(recipes[rank, tokens], copied, at_most(batches, tokens, model), held_back, processor)
+        its = make_plan(copied, recipe.polarize_config(), replace(recipe, r=rank).surrogate_config())
+        outcome = carry_out(copied, its, [known], closed_form, yardstick, keep_losses=bool(recipe.layer_weight))
+        copied.layer_losses = outcome.losses
         return copied
 
     main = (recipe.r, recipe.max_tokens)
@@ -192,7 +203,7 @@ def compare_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="hf-polarize-") as scratch:
             fresh = at_most(batches, recipe.train_tokens, model)
             data, held_out = (teacher_dataset(model, part, scratch) for part in (fresh, held_back))
-            student = ours(*main)
+            student = ours(recipe.r, statistics(recipe.max_tokens, **sensitive))
             if CLOSED in methods and not done(CLOSED, *main):
                 keep(CLOSED, *main, student)
             train(training, student, data, held_out, scratch)
@@ -202,18 +213,16 @@ def compare_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         todo = [(m, r) for r in ranks for m in methods
                 if m != TRAINED and not done(m, r, tokens) and (m not in UNCALIBRATED or tokens == recipe.max_tokens)
                 and (m != BACKBONE or r == recipe.r)]  # fmt: skip
-        statistics: dict[str, Statistics] = {}
-        if any(method in METHODS for method, _ in todo):
-            for part in layer_statistics(model, at_most(batches, tokens, model), plan.layers, memory_limit=2**62):
-                statistics.update(part)
+        theirs = statistics(tokens) if any(method in METHODS for method, _ in todo) else {}
+        known = statistics(tokens, **sensitive) if any(method == CLOSED for method, _ in todo) else {}
         for method, rank in todo:
             if method == BACKBONE:
                 with rounded_backbone(model, plan):
                     keep(method, rank, tokens, model)
             elif method == CLOSED:
-                keep(method, rank, tokens, ours(rank, tokens))
+                keep(method, rank, tokens, ours(rank, known))
             else:
-                keep(method, rank, tokens, with_method(model, recipe, statistics, method, rank))
+                keep(method, rank, tokens, with_method(model, recipe, theirs, method, rank))
     write_comparison(folder, record, recipe, evaluator.protocol, command)
     return record
 

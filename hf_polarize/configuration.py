@@ -268,12 +268,11 @@ class ClosedForm:
         scale_search (`bool`, defaults to `True`):
             Choose the block scales for the inputs that each layer sees, instead of the largest magnitude.
         alternations (`int`, defaults to 3):
-            Rounds of choosing the codes for the surrogate and the surrogate for the codes; 0 keeps nearest codes. Each
-            takes some 60 ms per layer of 576 x 1536 on two cores. With `scale_search` off and 0 here the backbone is
-            the one that bitsandbytes makes.
+            Rounds of choosing the codes for the surrogate and the surrogate for the codes; 0 keeps nearest codes. With
+            `scale_search` off and 0 here the backbone is the one that bitsandbytes makes.
         two_sided (`bool`, defaults to `False`):
-            Weigh output errors by the gradients there as well, for every kind of layer where that brings held-out
-            data nearer to the original.
+            Weigh output errors by the gradients there as well: backbones are chosen so, and surrogates for every kind
+            of layer where that brings held-out data nearer to the original.
         allocation (`str`, defaults to `"uniform"`):
             `"uniform"`: each surrogate has its rank of the [`SurrogateConfig`]. `"sensitivity"`: as many bytes, spent
             where they are predicted to win most; kept only if held-out data says so. Some servers want one rank.

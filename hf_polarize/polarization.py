@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from .calibration import MEMORY_LIMIT
+from .calibration import MEMORY_LIMIT, layer_statistics
 from .compensation import Compensation
 from .configuration import ClosedForm, PolarizeConfig, SurrogateConfig
 from .data import Batch, calibration_batches, is_text_model
 from .evaluation import HeldOut
 from .plan import make_plan
 from .sensitivity import SensitivityReport
-from .solver import choose, install, solve
+from .solver import carry_out
 
 
 def polarize(
@@ -97,20 +97,19 @@ def polarize(
             if not held_back:
                 batches, held_back = hold_out(batches, closed_form.held_out)
             yardstick = HeldOut(plan.original, held_back)
-        found = solve(plan, batches, closed_form, memory_limit, seed, keep_layer_losses)
+        statistics = layer_statistics(
+            plan.original, batches, {name: plan.layers[name] for name in plan.ranks}, memory_limit,
+            closed_form.gradients, closed_form.weigh_tokens, seed,
+        )  # fmt: skip
+        done = carry_out(model, plan, statistics, closed_form, yardstick, keep_layer_losses)
     finally:
         plan.original.train(training)
-    install(model, plan, found.one_sided)
-    solutions, ranks = found.one_sided, plan.ranks
-    trials: list[dict[str, object]] = []
-    if yardstick is not None:
-        solutions, ranks, trials = choose(model, plan, found, closed_form, yardstick)
     model.polarization = {
         "provenance": {
             "base_model": public_name(model.config._name_or_path),
             "method": "closed form",
             "closed_form": dataclasses.asdict(closed_form),
-            "choices": trials,
+            "choices": done.trials,
             "calibration": {
                 "source": describe(data),
                 "tokens": sum(batch["input_ids"].numel() for batch in batches) if "input_ids" in batches[0] else None,
@@ -122,10 +121,10 @@ def polarize(
             "seconds": round(time.monotonic() - started, 1),
             "torch": torch.__version__,
         },
-        "layers": {name: layer_record(solution, ranks[name]) for name, solution in solutions.items()},
+        "layers": {name: layer_record(solution, done.ranks[name]) for name, solution in done.solutions.items()},
     }
-    model.sensitivity = SensitivityReport.of(solutions, ranks)
-    model.layer_losses = found.losses
+    model.sensitivity = SensitivityReport.of(done.solutions, done.ranks)
+    model.layer_losses = done.losses
     return model
 
 

@@ -100,7 +100,7 @@ class Recipe:
         None, f"what is trained after the closed form, of {', '.join(PARTS)}; null: nothing"
     )
     train_tokens: int = _key(65536, "tokens to train on, the calibration tokens among them; one pass")
-    learning_rate: float = _key(1e-3, "of the surrogates' B, at its peak; others are multiples of it")
+    learning_rate: float = _key(3e-4, "of the surrogates' B, at its peak; others are multiples of it")
     train_batch_size: int = _key(8, "windows per step")
     hidden_weight: float = _key(0.0, "of the distance of the final hidden states, beside the KL")
     layer_weight: float = _key(0.0, "of the predicted loss of all layers, beside the KL")

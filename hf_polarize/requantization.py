@@ -171,6 +171,7 @@ def requantize(
     rank: int,
     rounds: int = 3,
     scale_search: bool = True,
+    output_root: torch.Tensor | None = None,
 ) -> None:
     """
     Give a backbone layer the codes and scales that suit a rank-r path beside it, and the path that suits them.
@@ -178,8 +179,9 @@ def requantize(
     Coordinate descent on tr((W - Q - B A) H (W - Q - B A)^T): scales by [`search_scales`], then in each round the
     codes of W - B A by [`round_with_feedback`], the scales by [`refit_scales`], and B A by
     [`~hf_polarize.compensation.leading_path`]. The best iterate is kept, and nothing is written if that is the layer
-    as it was. Everything is evaluated on the values as they are stored, double quantization included. A layer whose
-    rows are no whole blocks is left as it is.
+    as it was. With G = C C^T the paths and the choice of the iterate go by tr(G X H X^T); codes and scales, row by
+    row, by H alone. Everything is evaluated on the values as they are stored, double quantization included. A layer
+    whose rows are no whole blocks is left as it is.
 
     Args:
         layer ([`BackboneLayer`]): holds W, quantized; changed in place.
@@ -188,6 +190,7 @@ def requantize(
         rank (`int`): r.
         rounds (`int`): of alternation; with 0 the scales alone are searched.
         scale_search (`bool`): whether scales are chosen at all, or stay those of the format's own rounding.
+        output_root (`torch.Tensor` of shape `(out, out)`, *optional*): C, lower triangular, float32.
     """
     w = weight.float()
     levels, block = layer.levels(), layer.block_size
@@ -197,7 +200,10 @@ def requantize(
     scales = layer.block_scales()
 
     def left(quantized: torch.Tensor) -> tuple[torch.Tensor, float]:
-        return leading_path(w - quantized, inputs.root, rank)
+        if output_root is None:
+            return leading_path(w - quantized, inputs.root, rank)
+        path, remaining = leading_path(output_root.T @ (w - quantized), inputs.root, rank)
+        return torch.linalg.solve_triangular(output_root.T, path, upper=True), remaining
 
     path, least = left(layer.dequantized())
     best = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -11,10 +11,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .backbone import quantize_linear, weight_matrix
-from .calibration import Statistics, layer_statistics
+from .calibration import Statistics
 from .compensation import OUTPUT_DAMPING, Compensation, LayerLoss, compensate, damped
 from .configuration import ClosedForm
-from .data import Batch
 from .evaluation import HeldOut
 from .plan import Plan, surrogate_copy
 from .quantizer import release_memory
@@ -42,25 +41,21 @@ class Solutions:
 
 
 def solve(
-    plan: Plan,
-    batches: list[Batch],
-    closed_form: ClosedForm,
-    memory_limit: int,
-    seed: int = 0,
-    keep_losses: bool = False,
+    plan: Plan, statistics: Iterable[dict[str, Statistics]], closed_form: ClosedForm, keep_losses: bool = False
 ) -> Solutions:
-    """Quantize each layer that isn't yet, and solve those that get a surrogate on the calibration data."""
+    """Quantize each layer that isn't yet, and solve those that get a surrogate as their statistics come in."""
     found = Solutions({}, {}, {})
     targets = {name: plan.layers[name] for name in plan.ranks}
     largest = solved_ranks(plan, closed_form)
 
-    def finish(name: str, statistics: Statistics, inputs: Inputs) -> None:
+    def finish(name: str, known: Statistics, inputs: Inputs) -> None:
         weight, layer, rank = weight_matrix(plan.layers[name]).detach(), plan.backbone[name], plan.ranks[name]
+        g = None if known.g is None else damped(known.g, OUTPUT_DAMPING)
         if closed_form.scale_search or closed_form.alternations:
-            requantize(layer, weight, inputs, rank, closed_form.alternations, closed_form.scale_search)
+            root = torch.linalg.cholesky(g).float() if closed_form.two_sided and g is not None else None
+            requantize(layer, weight, inputs, rank, closed_form.alternations, closed_form.scale_search, root)
         h = inputs.covariance
         error = weight.double() - layer.dequantized().to(weight.device).double()
-        g = None if statistics.g is None else damped(statistics.g, OUTPUT_DAMPING)
         found.one_sided[name] = compensate(weight, error, h, largest[name], g)
         if closed_form.two_sided and g is not None:
             found.two_sided[name] = compensate(weight, error, h, largest[name], g, two_sided=True)
@@ -72,20 +67,47 @@ def solve(
         if name not in plan.backbone:
             plan.backbone[name] = quantize_linear(module, plan.quantizer.quantization_config)
     with logging.tqdm(total=len(targets), desc="solving", unit="layer") as bar:
-        for part in layer_statistics(
-            plan.original, batches, targets, memory_limit, closed_form.gradients, closed_form.weigh_tokens, seed
-        ):
+        for part in statistics:
             last = None
-            for name, statistics in part.items():
-                if statistics.h is not last:
-                    last, inputs = statistics.h, Inputs(damped(statistics.h))
-                finish(name, statistics, inputs)
+            for name, known in part.items():
+                if name not in targets:
+                    continue
+                if known.h is not last:
+                    last, inputs = known.h, Inputs(damped(known.h))
+                finish(name, known, inputs)
         for name in set(targets) - set(found.one_sided):  # those that no token reached
             weight = weight_matrix(targets[name])
             eye = torch.eye(weight.shape[1], device=weight.device)
             finish(name, Statistics(eye), Inputs(damped(eye)))
     found.one_sided = {name: found.one_sided[name] for name in targets}
     return found
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What was attached to a model, its ranks, what was tried on held-out data, and the predicted losses asked for."""
+
+    solutions: dict[str, Compensation]
+    ranks: dict[str, int]
+    trials: list[dict[str, object]]
+    losses: dict[str, LayerLoss]
+
+
+def carry_out(
+    model: PreTrainedModel,
+    plan: Plan,
+    statistics: Iterable[dict[str, Statistics]],
+    closed_form: ClosedForm,
+    yardstick: HeldOut | None,
+    keep_losses: bool = False,
+) -> Outcome:
+    """Solve, attach, and decide on the yardstick's held-out data where there is a choice."""
+    found = solve(plan, statistics, closed_form, keep_losses)
+    ranks = dict(plan.ranks)
+    install(model, plan, found.one_sided)
+    if yardstick is None:
+        return Outcome(found.one_sided, ranks, [], found.losses)
+    return Outcome(*choose(model, plan, found, closed_form, yardstick), found.losses)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ PARTS = ("surrogate", "scales", "norms", "biases")
 """What can be trained. All of it is in the checkpoint anyway, and every reader loads it."""
 
 
-RATES = {"B": 1.0, "A": 0.1, "scales": 0.05, "norms": 0.5, "biases": 0.5}
+RATES = {"B": 1.0, "A": 0.1, "scales": 0.05, "norms": 0.3, "biases": 0.3}
 """
 Learning rates, as multiples of that of B. Two rates as in LoRA+ (arXiv 2402.12354); on SmolLM2, A a
 thousand times slower did as well.
@@ -259,7 +259,7 @@ def distill(
     folder: str | Path,
     *,
     train: Sequence[str] = ("surrogate",),
-    learning_rate: float = 1e-3,
+    learning_rate: float = 3e-4,
     batch_size: int = 8,
     micro_batch_size: int = 8,
     epochs: float = 1.0,
@@ -282,7 +282,7 @@ def distill(
         data, held_out (`datasets.Dataset`): of [`~hf_polarize.distillation.teacher_dataset`].
         folder (`str` or `Path`): for checkpoints, from which `resume` goes on.
         train (`Sequence[str]`): see [`trainable_parameters`].
-        learning_rate (`float`, defaults to 1e-3): of the surrogates' B, at its peak.
+        learning_rate (`float`, defaults to 3e-4): of the surrogates' B, at its peak.
         batch_size (`int`, defaults to 8): samples per step.
         micro_batch_size (`int`, defaults to 8): samples in memory at a time.
         epochs (`float`, defaults to 1): passes over the data.

@@ -73,6 +73,22 @@ def test_requantizing_leaves_less_of_the_error(config, shape):
     assert after < (0.9 if config != "int8" else 0.999) * before
 
 
+def test_with_gradients_it_leaves_less_predicted_loss():
+    linear, one, h, _ = problem("nf4")
+    two = quantize_linear(linear, CONFIGS["nf4"])
+    weight = linear.weight.detach()
+    g = torch.randn(400, 96) * torch.logspace(-1, 1, 96)
+    g = damped(g.T @ g / len(g), 0.1)
+    requantize(one, weight, Inputs(h), rank=4)
+    requantize(two, weight, Inputs(h), rank=4, output_root=torch.linalg.cholesky(g).float())
+
+    def loss(layer):
+        solution = compensate(weight, weight.double() - layer.dequantized().double(), h, 4, g, two_sided=True)
+        return solution.loss_before - sum(solution.gains)
+
+    assert loss(two) < loss(one)
+
+
 def test_rows_that_are_no_whole_blocks_stay_as_bitsandbytes_makes_them():
     linear, layer, h, _ = problem("nf4", 128, 96)
     before = layer.dequantized()
