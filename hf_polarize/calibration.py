@@ -281,8 +281,8 @@ def _gradient_covariances(
             handle.remove()
     for name, h in inputs.items():
         _check_finite(name, h, model)
-    weighted = {name: h / weights[name] for name, h in inputs.items() if weights[name] > 0}
-    return weighted, {name: total / predictions for name, total in outputs.items()}
+    weighted = {name: h.div_(weights[name]) for name, h in inputs.items() if weights[name] > 0}
+    return weighted, {name: total.div_(predictions) for name, total in outputs.items()}
 
 
 def _check_finite(name: str, covariance: torch.Tensor, model: PreTrainedModel) -> None:

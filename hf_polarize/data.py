@@ -228,7 +228,7 @@ class _Sample(LogitsProcessor):
 
 
 @torch.no_grad()
-def self_windows(model: PreTrainedModel, window: int, count: int, seed: int, batch_size: int = 128) -> torch.Tensor:
+def self_windows(model: PreTrainedModel, window: int, count: int, seed: int, batch_size: int = 64) -> torch.Tensor:
     """
     Let a causal language model write its own calibration text.
 
@@ -241,7 +241,7 @@ def self_windows(model: PreTrainedModel, window: int, count: int, seed: int, bat
         window (`int`): tokens per window.
         count (`int`): number of windows.
         seed (`int`): of the sampling; torch's own random state is left as it was.
-        batch_size (`int`, defaults to 128): windows written side by side, at most.
+        batch_size (`int`, defaults to 64): windows written side by side, at most.
 
     Returns:
         `torch.Tensor` of shape `(count, window)`, int64.
