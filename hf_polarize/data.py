@@ -218,17 +218,19 @@ def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 class _Sample(LogitsProcessor):
-    """Draw each row's next token, and leave only that one possible."""
+    """Leave only one next token possible: the first `after` times the likeliest, then one that is drawn."""
 
-    def __init__(self, generator: torch.Generator) -> None:
-        self.generator = generator
+    def __init__(self, generator: torch.Generator, after: int) -> None:
+        self.generator, self.after = generator, after
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if input_ids.shape[-1] <= self.after:
+            return scores
         return torch.full_like(scores, -torch.inf).scatter(-1, draw(scores, self.generator), 0.0)
 
 
 @torch.no_grad()
-def self_windows(model: PreTrainedModel, window: int, count: int, seed: int, batch_size: int = 64) -> torch.Tensor:
+def self_windows(model: PreTrainedModel, window: int, count: int, seed: int, batch_size: int = 128) -> torch.Tensor:
     """
     Let a causal language model write its own calibration text.
 
@@ -241,7 +243,7 @@ def self_windows(model: PreTrainedModel, window: int, count: int, seed: int, bat
         window (`int`): tokens per window.
         count (`int`): number of windows.
         seed (`int`): of the sampling; torch's own random state is left as it was.
-        batch_size (`int`, defaults to 64): windows written side by side, at most.
+        batch_size (`int`, defaults to 128): windows written side by side, at most.
 
     Returns:
         `torch.Tensor` of shape `(count, window)`, int64.
@@ -250,8 +252,7 @@ def self_windows(model: PreTrainedModel, window: int, count: int, seed: int, bat
         raise ValueError(_CANT_WRITE.format(type(model).__name__, "it is no causal language model"))
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(model.config.get_text_config().vocab_size, (count, 1), generator=generator)
-    likeliest = min(LIKELIEST, window - 1)
-    parts = []
+    parts: list[torch.Tensor] = []
     writer = bfloat16_copy(model)
     own = writer.generation_config
     with logging.tqdm(total=count * (window - 1), desc="writing calibration text", unit="token") as bar:
@@ -260,23 +261,19 @@ def self_windows(model: PreTrainedModel, window: int, count: int, seed: int, bat
             bar.update(len(ids))
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # never a reason to stop
 
-        def go_on(ids: torch.Tensor, length: int, processors: list[LogitsProcessor]) -> torch.Tensor:
-            if not length:
-                return ids
-            # generate fills gaps from the model's own configuration
-            writer.generation_config = GenerationConfig(do_sample=False, max_new_tokens=length, pad_token_id=0)
-            written: torch.Tensor = writer.generate(
-                ids, attention_mask=torch.ones_like(ids), stopping_criteria=[show], logits_processor=processors
-            )
-            return written
-
+        # generate fills gaps from the model's own configuration
+        writer.generation_config = GenerationConfig(do_sample=False, max_new_tokens=window - 1, pad_token_id=0)
         try:
-            for part in starts.to(model.device).chunk(-(-count // batch_size)):
-                part = go_on(part, likeliest, [])
-                parts.append(go_on(part, window - 1 - likeliest, [_Sample(generator)]).cpu())
+            for ids in starts.to(model.device).chunk(-(-count // batch_size)) if window > 1 else ():
+                # in one call: a prompt of several tokens makes torch copy the output embedding for each row on a CPU
+                written = writer.generate(
+                    ids, attention_mask=torch.ones_like(ids), stopping_criteria=[show],
+                    logits_processor=[_Sample(generator, LIKELIEST)],
+                )  # fmt: skip
+                parts.append(written.cpu())
         finally:
             writer.generation_config = own
-    return torch.cat(parts)
+    return torch.cat(parts) if parts else starts
 
 
 def calibration_batches(

@@ -135,7 +135,7 @@ def test_what_the_model_writes_is_seeded_and_leaves_the_random_state_alone():
 
 def test_tokens_are_drawn_from_the_distribution_of_the_logits():
     logits = torch.tensor([2.0, -1.0, 0.5, -torch.inf, 1.0])
-    drawn = _Sample(torch.Generator().manual_seed(0))(None, logits.expand(20000, -1))
+    drawn = _Sample(torch.Generator().manual_seed(0), 0)(torch.zeros(20000, 1), logits.expand(20000, -1))
     counts = (drawn == 0).float().mean(0)
     assert torch.equal((drawn == 0).sum(1), torch.ones(20000, dtype=torch.int64))
     # five standard errors of a share of 20,000
