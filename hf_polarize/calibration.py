@@ -88,7 +88,7 @@ class Statistics:
     Attributes:
         h (`torch.Tensor` of shape `(in_features, in_features)`):
             H = E[x x^T] over tokens, float32; or with weights, sum ||g|| x x^T / sum ||g||.
-        magnitude (`torch.Tensor` of shape `(in_features,)`, *optional*): E|x|, float32; without gradients alone.
+        magnitude (`torch.Tensor` of shape `(in_features,)`, *optional*): E|x|, float32; not with weights.
         g (`torch.Tensor` of shape `(out_features, out_features)`, *optional*):
             G = sum over tokens of g g^T / number of predictions, float32, where g is the gradient of the negative
             log-likelihood, in nats, with respect to the layer's output, for labels that the model itself samples: the
@@ -244,7 +244,7 @@ def _gradient_covariances(
         g = g if g.dtype == torch.bfloat16 else g.float()
         if name not in outputs:
             outputs[name] = torch.zeros(g.shape[1], g.shape[1], device=g.device)
-        outputs[name] += g.T @ g  # sampled labels leave more noise in it than bfloat16, which takes half the time
+        outputs[name] += g.T @ g  # in bfloat16 where the model computed in it
         if weigh_tokens:
             x, norm = entered.reshape(-1, entered.shape[-1]).float(), g.float().norm(dim=1)
             if name not in inputs:
