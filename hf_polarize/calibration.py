@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .backbone import weight_matrix
-from .data import Batch, draw, mixed_precision, to_model
+from .data import Batch, bfloat16_is_fast, draw, mixed_precision, to_model
+from .formats import BackboneLayer
 
 logger = logging.get_logger(__name__)
 
@@ -23,13 +24,14 @@ MEMORY_LIMIT = 2 * 1024**3
 
 
 GRADIENT_TOKENS = 512
-"""Tokens whose gradients are in memory at a time."""
+"""Tokens whose gradients are in memory at a time, if no sample has more."""
 
 
 class _AllSeen(Exception):
     """Ends a forward pass when the last layer of this pass has seen its input."""
 
 
+@torch.no_grad()
 def shared_inputs(
     model: PreTrainedModel, batch: Batch, layers: Mapping[str, nn.Module]
 ) -> tuple[list[list[str]], bool]:
@@ -88,17 +90,29 @@ class Statistics:
     Attributes:
         h (`torch.Tensor` of shape `(in_features, in_features)`):
             H = E[x x^T] over tokens, float32; or with weights, sum ||g|| x x^T / sum ||g||.
-        magnitude (`torch.Tensor` of shape `(in_features,)`, *optional*): E|x|, float32; not with weights.
         g (`torch.Tensor` of shape `(out_features, out_features)`, *optional*):
             G = sum over tokens of g g^T / number of predictions, float32, where g is the gradient of the negative
             log-likelihood, in nats, with respect to the layer's output, for labels that the model itself samples: the
-            output side of the true Fisher information (K-FAC, arXiv 1503.05671). `None` where it wasn't asked for, and
-            for a layer that the output does not depend on.
+            output side of the true Fisher information (K-FAC, arXiv 1503.05671). With weights, g g^T / ||g||, scaled
+            to the same trace. `None` where it wasn't asked for, and for a layer that the output does not depend on.
+        magnitude (`torch.Tensor` of shape `(in_features,)`, *optional*): E|x|, float32; not with weights.
+        loss (`float`, *optional*):
+            What the layer's error E alone is expected to cost, 1/2 E[(sum_t g_t^T E x_t)^2], nats per prediction: the
+            second-order term of the divergence, of whole samples. Kronecker factors take tokens as independent, which
+            is far off where attention mixes them. `None` where there is no G, or E wasn't given.
     """
 
     h: torch.Tensor
     g: torch.Tensor | None = None
     magnitude: torch.Tensor | None = None
+    loss: float | None = None
+
+    @classmethod
+    def unseen(cls, layer: nn.Module) -> Statistics:
+        """Return those of a layer that no token reached: all inputs count alike."""
+        weight = weight_matrix(layer)
+        eye = torch.eye(weight.shape[1], device=weight.device)
+        return cls(eye, magnitude=eye.diagonal())
 
 
 def layer_statistics(
@@ -109,6 +123,7 @@ def layer_statistics(
     gradients: bool = False,
     weigh_tokens: bool = False,
     seed: int = 0,
+    backbone: Mapping[str, BackboneLayer] | None = None,
 ) -> Iterator[dict[str, Statistics]]:
     """
     Stream the statistics of each layer, as many layers at a time as fit in memory.
@@ -121,12 +136,14 @@ def layer_statistics(
         batches (`Sequence[dict[str, torch.Tensor]]`): model inputs without padding.
         layers (`Mapping[str, nn.Module]`): Linear or Conv1D layers by name.
         memory_limit (`int`): bytes of statistics.
-        gradients (`bool`, defaults to `False`): collect G as well; `GRADIENT_TOKENS` go through the model at a time.
+        gradients (`bool`, defaults to `False`): collect G, too; `GRADIENT_TOKENS`, or one sample, pass at a time.
         weigh_tokens (`bool`, defaults to `False`):
-            With gradients, weigh each token of H by the norm of its gradient: tokens count for as much as their errors
-            do. The expected loss, 1/2 E[(g^T E x)^2], would weigh them by its square, but gradients are heavy-tailed:
-            in early layers a hundredth of the tokens would then be all that counts.
+            With gradients, weigh each token of H and of G by the norm of its gradient: tokens count for as much as
+            their errors do. The expected loss, 1/2 E[(g^T E x)^2], would weigh them by its square, but gradients are
+            heavy-tailed: in early layers a hundredth of the tokens would then be all that counts.
         seed (`int`): of the labels that the model samples for G.
+        backbone (`Mapping[str, BackboneLayer]`, *optional*):
+            Quantized layers, by name, on the devices of the model's: the losses of their errors are collected as well.
 
     Yields:
         `dict[str, Statistics]`: for the layers of one pass, by name. A layer that no token reached is left out.
@@ -135,6 +152,8 @@ def layer_statistics(
         ValueError: If an activation of the model is not finite.
     """
     shapes = {name: weight_matrix(layer).shape for name, layer in layers.items()}
+    fast = model.dtype == torch.bfloat16 or bfloat16_is_fast(torch.device(model.device))
+    precision = torch.bfloat16 if fast else torch.float32
     training = model.training
     model.eval()
     try:
@@ -147,6 +166,7 @@ def layer_statistics(
             size = 4 * shapes[group[0]][1] ** 2
             if gradients:
                 size += sum(4 * shapes[name][0] ** 2 for name in group)
+                size += sum(precision.itemsize * shapes[name].numel() for name in group if name in (backbone or {}))
             if passes[-1] and used + size > memory_limit:
                 passes.append([])
                 used = 0
@@ -157,13 +177,25 @@ def layer_statistics(
         with logging.tqdm(total=total, desc="calibrating", unit="batch") as bar:
             for part in passes:
                 targets = {name: layers[name] for group in part for name in group}
-                weighted, outputs = _gradient_covariances(model, samples, targets, weigh_tokens, seed, bar)
-                rest = [group for group in part if group[0] not in weighted]
+                errors = {
+                    name: (weight_matrix(layer).detach().float() - backbone[name].dequantized().float()).to(precision)
+                    for name, layer in targets.items()
+                    if backbone and samples and name in backbone
+                }
+                sums, predictions = _gradient_sums(model, samples, targets, errors, weigh_tokens, seed, bar)
+                rest = [group for group in part if group[0] not in sums or not weigh_tokens]
                 stop_early = once and part is not passes[-1]
                 plain = _input_covariances(model, batches, layers, rest, stop_early, bar) if rest else {}
-                found = {name: Statistics(h, outputs.get(name), size) for name, (h, size) in plain.items()}
-                found.update({name: Statistics(h, outputs[name]) for name, h in weighted.items()})
-                yield {name: found[name] for name in targets if name in found}
+                found = {
+                    name: sums[name].statistics(predictions, plain.get(name))
+                    if name in sums
+                    else Statistics(plain[name][0], magnitude=plain[name][1])
+                    for name in targets
+                    if name in sums or name in plain
+                }
+                del sums, plain, errors  # what is yielded is the consumer's to free
+                yield found
+                del found
     finally:
         model.train(training)
 
@@ -226,63 +258,101 @@ def _input_covariances(
     return result
 
 
-def _gradient_covariances(
+class _GradientSums:
+    """Sums over the tokens of one layer."""
+
+    def __init__(self, weigh_tokens: bool, error: torch.Tensor | None) -> None:
+        self.weigh_tokens, self.error = weigh_tokens, error
+        self.inputs: torch.Tensor | None = None
+        self.outputs: torch.Tensor | None = None
+        self.norms = self.squares = self.losses = 0.0
+        self.change: torch.Tensor | float = 0.0
+
+    def add(self, entered: torch.Tensor, gradient: torch.Tensor, samples: int) -> None:
+        """Take in the inputs `(..., in)` and the gradients `(..., out)` of the tokens of so many samples, in order."""
+        x, g = entered.reshape(-1, entered.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+        if self.error is not None:
+            changes = (x.to(self.error) @ self.error.T).float().mul_(g)
+            rows = samples if len(x) % samples == 0 else 1  # tokens that were picked out (experts) can't be told apart
+            self.change = self.change + changes.view(rows, -1).sum(1)
+        if self.outputs is None:
+            self.outputs = g.new_zeros(g.shape[1], g.shape[1], dtype=torch.float32)
+        if self.weigh_tokens:
+            norms = g.float().norm(dim=1)
+            g = (g / norms.clamp(min=torch.finfo(torch.float32).tiny).sqrt()[:, None]).to(g.dtype)
+            x = x.float()
+            if self.inputs is None:
+                self.inputs = x.new_zeros(x.shape[1], x.shape[1])
+            self.inputs.addmm_(x.T * norms, x)
+            self.norms += float(norms.sum())
+            self.squares += float(norms.square().sum())
+        g = g if g.dtype == torch.bfloat16 else g.float()
+        self.outputs += g.T @ g  # in bfloat16 where the model computed in it
+
+    def end_batch(self) -> None:
+        """Square what has come together over all tokens of a sample and all calls of the layer."""
+        self.losses += 0.5 * float(torch.as_tensor(self.change).square().sum())
+        self.change = 0.0
+
+    def statistics(self, predictions: int, plain: tuple[torch.Tensor, torch.Tensor] | None) -> Statistics:
+        """Divide by the number of predictions; `plain` are H and E|x| of tokens that count alike."""
+        assert self.outputs is not None
+        h, magnitude = plain or (None, None)
+        g = self.outputs.div_(predictions)
+        if self.inputs is not None:
+            h, g = self.inputs.div_(self.norms), g.mul_(self.squares / self.norms)
+        assert h is not None
+        return Statistics(h, g, magnitude, None if self.error is None else self.losses / predictions)
+
+
+def _gradient_sums(
     model: PreTrainedModel,
     samples: Sequence[Batch],
     layers: Mapping[str, nn.Module],
+    errors: Mapping[str, torch.Tensor],
     weigh_tokens: bool,
     seed: int,
     bar: Any,
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Return the weighted H, where asked for, and G, of the layers that the output depends on."""
-    inputs: dict[str, torch.Tensor] = {}
-    outputs: dict[str, torch.Tensor] = {}
-    weights: dict[str, torch.Tensor] = {}
-
-    def accumulate(name: str, entered: torch.Tensor, gradient: torch.Tensor) -> None:
-        g = gradient.reshape(-1, gradient.shape[-1])
-        g = g if g.dtype == torch.bfloat16 else g.float()
-        if name not in outputs:
-            outputs[name] = torch.zeros(g.shape[1], g.shape[1], device=g.device)
-        outputs[name] += g.T @ g  # in bfloat16 where the model computed in it
-        if weigh_tokens:
-            x, norm = entered.reshape(-1, entered.shape[-1]).float(), g.float().norm(dim=1)
-            if name not in inputs:
-                inputs[name], weights[name] = x.new_zeros(x.shape[1], x.shape[1]), norm.new_zeros(())
-            inputs[name].addmm_(x.T * norm, x)
-            weights[name] += norm.sum()
+) -> tuple[dict[str, _GradientSums], int]:
+    """Return the sums of the layers that the output depends on, and the number of predictions."""
+    sums: dict[str, _GradientSums] = {}
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if output.requires_grad:
                 entered = args[0].detach()
-                output.register_hook(lambda gradient: accumulate(name, entered, gradient))
+                if name not in sums:
+                    sums[name] = _GradientSums(weigh_tokens, errors.get(name))
+                output.register_hook(lambda gradient: sums[name].add(entered, gradient, samples_now))
 
         return hook
 
-    if not samples:
-        return {}, {}
-    predictions = 0
+    predictions = samples_now = 0
     generator = torch.Generator().manual_seed(seed)
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()] if samples else []
     try:
-        with torch.enable_grad(), _gradients_of_inputs(model), mixed_precision(model):
+        with torch.enable_grad(), _gradients_of_inputs(model):
             for sample in samples:
                 arguments = to_model(sample, model)
+                samples_now = len(next(iter(sample.values())))
                 for value in arguments.values():
                     if value.is_floating_point():
                         value.requires_grad_(True)
-                loss, count = _sampled_loss(model(**arguments), generator)
-                torch.autograd.backward(loss)
+                with mixed_precision(model):
+                    loss, count = _sampled_loss(model(**arguments), generator)
+                torch.autograd.backward(loss)  # outside: sums are in float32
+                for one in sums.values():
+                    one.end_batch()
                 predictions += count
                 bar.update()
     finally:
         for handle in handles:
             handle.remove()
-    for name, h in inputs.items():
-        _check_finite(name, h, model)
-    weighted = {name: h.div_(weights[name]) for name, h in inputs.items() if weights[name] > 0}
-    return weighted, {name: total.div_(predictions) for name, total in outputs.items()}
+    for name, one in sums.items():
+        if one.inputs is not None:
+            _check_finite(name, one.inputs, model)
+    reached = {name: one for name, one in sums.items() if one.outputs is not None and (one.norms or not weigh_tokens)}
+    return reached, predictions
 
 
 def _check_finite(name: str, covariance: torch.Tensor, model: PreTrainedModel) -> None:

@@ -61,7 +61,7 @@ def _added(problem: Problem, rank: int, covariance: torch.Tensor) -> Solution:
 
 def svd(problem: Problem, rank: int) -> Solution:
     """Truncated SVD of the error (LoRC of ZeroQuant-V2, arXiv 2303.08302; there the factors are 8-bit, here not)."""
-    return _added(problem, rank, torch.eye(problem.weight.shape[1], dtype=torch.float64))
+    return _added(problem, rank, torch.eye(problem.weight.shape[1], dtype=torch.float64, device=problem.weight.device))
 
 
 def lqer(problem: Problem, rank: int) -> Solution:
@@ -90,7 +90,7 @@ def loftq(problem: Problem, rank: int) -> Solution:
     Our own lines: the ones of peft 0.21 need CUDA.
     """
     weight, bias = problem.weight, problem.module.bias
-    eye = torch.eye(weight.shape[1], dtype=torch.float64)
+    eye = torch.eye(weight.shape[1], dtype=torch.float64, device=weight.device)
     rest = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     rest.bias = bias  # type: ignore[assignment]
     path = torch.zeros_like(weight)
@@ -119,25 +119,22 @@ def with_method(
 ) -> PreTrainedModel:
     """Return a copy of the original with the backbone and the surrogates of a rival of ours."""
     copied = copy.deepcopy(model)
-    plan = make_plan(copied, recipe.polarize_config(), SurrogateConfig(r=rank))
+    plan = make_plan(copied, recipe.polarize_config(), replace(recipe, r=rank).surrogate_config())
     solutions = {}
     for name, module in logging.tqdm(plan.layers.items(), desc=f"{method}, rank {rank}", unit="layer"):
-        problem = Problem(module, plan.quantizer.quantization_config, statistics.get(name) or _blind(module))
-        plan.backbone[name], solutions[name] = METHODS[method](problem, rank)
+        known = statistics.get(name) or Statistics.unseen(module)
+        problem = Problem(module, plan.quantizer.quantization_config, known)
+        plan.backbone[name], solutions[name] = METHODS[method](problem, plan.ranks[name])
     install(copied, plan, solutions)
     return copied
-
-
-def _blind(module: nn.Module) -> Statistics:
-    """Return the statistics of a layer that no token reached."""
-    width = weight_matrix(module).shape[1]
-    return Statistics(torch.eye(width), None, torch.ones(width))
 
 
 def check_methods(methods: Sequence[str]) -> None:
     unknown = [method for method in methods if method not in COMPARED]
     if unknown:
         raise ValueError(f"unknown methods {unknown}; known are {list(COMPARED)}")
+    if BACKBONE not in methods:
+        raise ValueError(f'compare_methods needs "{BACKBONE}": all others are measured against it')
 
 
 def compare_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
@@ -160,6 +157,8 @@ def compare_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     prepare_folder(folder, recipe.overwrite or (folder / "comparison.json").is_file())
     calibration, evaluation = load_data(recipe.calibration), load_data(recipe.evaluation)
     wanted = {recipe.max_tokens: list(dict.fromkeys([recipe.r, *recipe.compare_ranks]))}
+    if min(recipe.compare_ranks, default=1) < 1:
+        raise ValueError(f"compare_ranks must be at least 1; got {recipe.compare_ranks}")
     for tokens in recipe.compare_tokens:
         if tokens < recipe.window:
             raise ValueError(f"compare_tokens: {tokens} tokens hold no window of {recipe.window}")
@@ -187,7 +186,13 @@ def compare_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
 
     def statistics(tokens: int, **options: bool) -> dict[str, Statistics]:
         parts = layer_statistics(
-            model, at_most(batches, tokens, model), plan.layers, 2**62, seed=recipe.seed, **options
+            model,
+            at_most(batches, tokens, model),
+            plan.layers,
+            2**62,
+            seed=recipe.seed,
+            backbone=plan.quantized(),
+            **options,
         )
         return {name: known for part in parts for name, known in part.items()}
 
@@ -248,9 +253,7 @@ def write_comparison(folder: Path, record: dict[str, Any], recipe: Recipe, proto
     rank, tokens = recipe.r, recipe.max_tokens
     original = record["original"]
     found = {(r["method"], r["rank"], r["tokens"]): r for r in record["results"]}
-    backbone = found.get((BACKBONE, rank, tokens))
-    if backbone is None:
-        raise ValueError(f'the comparison needs "{BACKBONE}" among its methods: all others are measured against it')
+    backbone = found[BACKBONE, rank, tokens]
     rows = [["original", f"{original['loss']:.4f}", "0", "", ""]]
     for method in COMPARED:
         one = found.get((method, rank, tokens))

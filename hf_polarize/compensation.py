@@ -9,8 +9,8 @@ import torch
 DAMPING = 0.01
 """Share of the mean diagonal that is added to an input covariance, against noise of the sample."""
 
-OUTPUT_DAMPING = 0.1
-"""The same for an output covariance, which comes from fewer samples."""
+OUTPUT_DAMPING = 0.3
+"""The same for an output covariance, which varies more from sample to sample."""
 
 OVERSAMPLED, ITERATIONS = 16, 4
 """Vectors beyond the rank, and iterations, of [`leading_path`]."""

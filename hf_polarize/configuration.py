@@ -279,7 +279,7 @@ class ClosedForm:
         r_max (`int`, defaults to 32): largest rank of a layer under `"sensitivity"`.
         gradients (`bool`, defaults to `True`):
             Collect gradients on the calibration data, for `weigh_tokens`, `two_sided`, `"sensitivity"` and the
-            sensitivity report. A backward pass of the original then takes place of its forward pass.
+            sensitivity report. Calibration then takes backward passes of the original.
         weigh_tokens (`bool`, defaults to `True`):
             With gradients, weigh each calibration token by the norm of its gradient, layer by layer: those count whose
             errors do. See [`~hf_polarize.calibration.layer_statistics`].

@@ -38,7 +38,7 @@ from .polarization import count_samples, hold_out, polarize, public_name
 from .recipe import Recipe, load_data
 from .report import markdown_report, plot_layer_errors, plot_training
 from .sensitivity import SensitivityReport
-from .solver import rounded_backbone
+from .solver import replayed_losses, rounded_backbone
 from .surrogate import backbone_only
 from .training import distill
 
@@ -124,12 +124,22 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     original_bits = 8.0 * model.dtype.itemsize
     with rounded_backbone(model, plan):
         backbone, backbone_seconds = evaluator.measure(model, "backbone alone")
+    replayed = None
+    if recipe.replay:
+        few = [
+            {key: value[None, i] for key, value in batch.items()}
+            for batch in held_back
+            for i in range(len(next(iter(batch.values()))))
+        ]
+        replayed = replayed_losses(model, plan, HeldOut(model, few[: recipe.replay]))
     del plan
     with tempfile.TemporaryDirectory(prefix="hf-polarize-") as scratch:
         data = held_out = None
         if recipe.train:
-            data, held_out = (teacher_dataset(model, part, scratch) for part in (batches, held_back))
+            fresh = at_most(batches, recipe.train_tokens, model)
+            data, held_out = (teacher_dataset(model, part, scratch) for part in (fresh, held_back))
         closed_form(recipe, model, first, held_back, processor)
+        model.sensitivity.replayed = replayed
         provenance = model.polarization["provenance"]
         provenance["base_model"] = public_name(base_model)
         if gguf_file:
@@ -209,6 +219,9 @@ def write_report(folder: Path, model: PreTrainedModel, recipe: Recipe, metrics: 
         report.save(folder / "sensitivity.json")
         report.plot(folder / "sensitivity.png")
         plots["sensitivity.png"] = "Predicted loss increase of each layer"
+    if report.rank_correlation() is not None:
+        report.plot_replays(folder / "replayed.png")
+        plots["replayed.png"] = "Predicted and replayed loss of each layer quantized alone"
     training = model.polarization["provenance"].get("training")
     if training:
         plot_training(training, folder / "training.png")
@@ -232,7 +245,7 @@ def recipe_batches(
 ) -> tuple[list[Batch], list[Batch]]:
     """Return the batches to calibrate and train on, and those kept back where something is chosen on them."""
     tokens = max(recipe.max_tokens, recipe.train_tokens if recipe.train else 0)
-    choosing = bool(recipe.train) or recipe.closed_form().chooses
+    choosing = bool(recipe.train or recipe.replay) or recipe.closed_form().chooses
     extra = recipe.held_out * tokens_per_sample(model, recipe.window) if choosing else 0
     batches = calibration_batches(
         model, calibration, processor, recipe.window, tokens + extra, recipe.batch_size, recipe.seed,
@@ -242,16 +255,17 @@ def recipe_batches(
 
 
 def at_most(batches: list[Batch], tokens: int, model: PreTrainedModel) -> list[Batch]:
-    """Return the first batches that hold no more than so many tokens; at least one."""
+    """Return the first samples that hold no more than so many tokens, batch by batch; at least one."""
     taken: list[Batch] = []
-    used = 0
+    left = tokens
     for batch in batches:
         first = next(iter(batch.values()))
-        size = len(first) * tokens_per_sample(model, first.shape[-1])
-        if taken and used + size > tokens:
+        size = tokens_per_sample(model, first.shape[-1])
+        count = min(len(first), max(left // size, 0 if taken else 1))
+        if not count:
             break
-        taken.append(batch)
-        used += size
+        taken.append({key: value[:count] for key, value in batch.items()})
+        left -= count * size
     return taken
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationMethod
 
-from .backbone import backbone_layers, weight_matrix
+from .backbone import backbone_layers, quantize_linear, weight_matrix
 from .checkpoint import PolarizeHfQuantizer
 from .configuration import PolarizeConfig, SurrogateConfig
 from .formats import BackboneLayer
@@ -42,6 +42,13 @@ class Plan:
     quantizer: PolarizeHfQuantizer
     surrogate: SurrogateConfig
     ranks: dict[str, int]
+
+    def quantized(self) -> dict[str, BackboneLayer]:
+        """Quantize those layers that aren't yet, and return the backbone."""
+        for name, module in self.layers.items():
+            if name not in self.backbone:
+                self.backbone[name] = quantize_linear(module, self.quantizer.quantization_config)
+        return self.backbone
 
 
 def make_plan(
@@ -110,6 +117,11 @@ def check_original(original: PreTrainedModel, model: PreTrainedModel, backbone: 
             raise ValueError(
                 f"{name} is {layer.out_features} x {layer.in_features} in the model and {shape[0]} x {shape[1]} in "
                 "its original: that is another model"
+            )
+        if original.get_submodule(name).weight.device != layer.weight.device:
+            raise ValueError(
+                f"{name} is on {layer.weight.device} in the model and on {original.get_submodule(name).weight.device} "
+                "in its original: move the original there"
             )
 
 

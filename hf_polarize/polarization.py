@@ -17,7 +17,6 @@ from .configuration import ClosedForm, PolarizeConfig, SurrogateConfig
 from .data import Batch, calibration_batches, is_text_model
 from .evaluation import HeldOut
 from .plan import make_plan
-from .sensitivity import SensitivityReport
 from .solver import carry_out
 
 
@@ -99,7 +98,7 @@ def polarize(
             yardstick = HeldOut(plan.original, held_back)
         statistics = layer_statistics(
             plan.original, batches, {name: plan.layers[name] for name in plan.ranks}, memory_limit,
-            closed_form.gradients, closed_form.weigh_tokens, seed,
+            closed_form.gradients, closed_form.weigh_tokens, seed, plan.quantized(),
         )  # fmt: skip
         done = carry_out(model, plan, statistics, closed_form, yardstick, keep_layer_losses)
     finally:
@@ -123,7 +122,7 @@ def polarize(
         },
         "layers": {name: layer_record(solution, done.ranks[name]) for name, solution in done.solutions.items()},
     }
-    model.sensitivity = SensitivityReport.of(done.solutions, done.ranks)
+    model.sensitivity = done.sensitivity
     model.layer_losses = done.losses
     return model
 

@@ -80,6 +80,9 @@ class Recipe:
     gradients: bool = _key(True, "collect gradients on the calibration data, for all that goes by sensitivity")
     weigh_tokens: bool = _key(True, "with gradients, weigh calibration tokens by the norm of theirs")
     held_out: int = _key(12, "samples of the calibration data that are kept back to choose and to stop by")
+    replay: int = _key(
+        0, "held-out samples on which each layer is quantized alone, to judge predicted losses by; takes minutes"
+    )
 
     calibration: str = _key(
         SELF,
@@ -99,8 +102,10 @@ class Recipe:
     train: list[str] | None = _key(
         None, f"what is trained after the closed form, of {', '.join(PARTS)}; null: nothing"
     )
-    train_tokens: int = _key(65536, "tokens to train on, the calibration tokens among them; one pass")
-    learning_rate: float = _key(3e-4, "of the surrogates' B, at its peak; others are multiples of it")
+    train_tokens: int = _key(
+        65536, "tokens to train on, in one pass: calibration tokens, and more where those are fewer"
+    )
+    learning_rate: float = _key(1e-4, "of the surrogates' B, at its peak; others are multiples of it")
     train_batch_size: int = _key(8, "windows per step")
     hidden_weight: float = _key(0.0, "of the distance of the final hidden states, beside the KL")
     layer_weight: float = _key(0.0, "of the predicted loss of all layers, beside the KL")
@@ -167,6 +172,11 @@ class Recipe:
             raise ValueError("recipe key train is empty: name what to train, or null for no training")
         if self.train and self.held_out < 1:
             raise ValueError("training stops by held-out text: held_out must be at least 1")
+        if not 0 <= self.replay <= self.held_out or (self.replay and not self.gradients):
+            raise ValueError(
+                f"replay takes some of the held_out={self.held_out} samples, and predictions need gradients; got "
+                f"replay={self.replay} and gradients={str(self.gradients).lower()}"
+            )
         if self.learning_rate <= 0:
             raise ValueError(f"recipe key learning_rate must be greater than 0; got {self.learning_rate}")
         self.polarize_config()

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import numba
+import numpy as np
 import torch
 
 from .compensation import leading_path
 from .formats import BackboneLayer
 
-FEEDBACK_BLOCK = 64
-"""Columns that are rounded before their errors reach all later columns in one product."""
+TILE = 64
+"""Rows and columns that are rounded before their errors reach all later ones in one product."""
 
 SEARCHED = (0.9,)
 """
@@ -68,63 +70,108 @@ def search_scales(
     return best
 
 
-class Inputs:
+class Covariance:
     """
-    What the solvers need of a layer's inputs, computed once for all layers that have the same.
+    What the solvers need of a covariance, computed once for all layers that share it.
 
     Args:
-        covariance (`torch.Tensor` of shape `(in, in)`): H = E[x x^T], [`~hf_polarize.compensation.damped`], float64.
+        matrix (`torch.Tensor` of shape `(n, n)`): H or G, [`~hf_polarize.compensation.damped`], float64.
     """
 
-    def __init__(self, covariance: torch.Tensor) -> None:
-        self.covariance = covariance
+    def __init__(self, matrix: torch.Tensor) -> None:
+        self.matrix = matrix
 
     @cached_property
     def root(self) -> torch.Tensor:
         """L of H = L L^T, float32."""
-        return torch.linalg.cholesky(self.covariance).float()  # type: ignore[no-any-return]
+        return torch.linalg.cholesky(self.matrix).float()  # type: ignore[no-any-return]
 
     @cached_property
     def feedback(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The order of the columns, most important first, and the upper factor U of H^(-1) = U^T U in that order."""
-        order = torch.argsort(self.covariance.diagonal(), descending=True, stable=True)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.covariance[order][:, order]))
-        return order, torch.linalg.cholesky(inverse, upper=True).float()
+        """
+        The order to round in, most important first, and what the error of each does to those that come later.
+
+        With H^(-1) = U^T U in that order, U upper triangular, it is U_jk / U_jj: float32, with ones on the diagonal.
+        """
+        order = torch.argsort(self.matrix.diagonal(), descending=True, stable=True)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.matrix[order][:, order]))
+        upper = torch.linalg.cholesky(inverse, upper=True)
+        return order, (upper / upper.diagonal()[:, None]).float().contiguous()
+
+
+@numba.njit  # type: ignore[untyped-decorator]
+def _round_tile(top, bottom, start, stop, rows, w, base, s, levels, middles, upper, codes, errors, left):  # type: ignore[no-untyped-def]
+    """
+    Round a tile row by row, each from left to right; `w` and `base` are the targets with and without column feedback.
+
+    With `rows`, the factor of G, each row makes up for what is left of those above it in the tile.
+    """
+    for i in range(top, bottom):
+        for k in range(top, i if len(rows) else top):
+            for j in range(start, stop):
+                moved = rows[k, i] * left[k, j]
+                w[i, j] -= moved
+                base[i, j] -= moved
+        for j in range(start, stop):
+            code = np.searchsorted(middles, w[i, j] / s[i, j])
+            rounded = levels[code] * s[i, j]
+            error = w[i, j] - rounded
+            codes[i, j], errors[i, j], left[i, j] = code, error, base[i, j] - rounded
+            for k in range(j + 1, stop):
+                w[i, k] -= error * upper[j, k]
 
 
 def round_with_feedback(
-    weight: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, order: torch.Tensor, upper: torch.Tensor
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    levels: torch.Tensor,
+    inputs: Covariance,
+    outputs: Covariance | None = None,
 ) -> torch.Tensor:
     """
-    Round a weight column by column, and let the columns to come make up for the error of each.
+    Round a weight value by value, and let those to come make up for the error of each.
 
-    After column j the others move by -(w_j - q_j) U_jk / U_jj, which is the best answer to its error for
-    tr((W - Q) H (W - Q)^T) (GPTQ, arXiv 2210.17323, section 3).
+    Once column j of a row is rounded, its later columns move by -(w_j - q_j) U_jk / U_jj, which is the best answer to
+    that error for tr((W - Q) H (W - Q)^T) (GPTQ, arXiv 2210.17323, section 3). With G as well, for
+    tr(G (W - Q) H (W - Q)^T), a finished row i moves the whole of each later row k by -(w_i - q_i) V_ik / V_ii, V the
+    same of G: GPTQ for the Kronecker product of G and H, whose inverse has the factor of V and U. It goes tile by
+    tile, on a CPU.
 
     Args:
         weight (`torch.Tensor` of shape `(out, in)`): float32.
         scales (`torch.Tensor` of shape `(out, in)`): of every weight, see [`spread`].
         levels (`torch.Tensor`): ascending, of the format, in -1..1.
-        order, upper (`torch.Tensor`): [`Inputs.feedback`].
+        inputs ([`Covariance`]): H.
+        outputs ([`Covariance`], *optional*): G.
 
     Returns:
         `torch.Tensor` of shape `(out, in)`: indices of levels.
     """
-    s = torch.where(scales == 0, 1.0, scales)[:, order].T.contiguous()
-    w = weight[:, order].T.contiguous()
-    diagonal, middles, inverse = upper.diagonal().tolist(), (levels[1:] + levels[:-1]) / 2, 1 / s
-    codes = torch.empty_like(w, dtype=torch.int64)
-    for start in range(0, len(w), FEEDBACK_BLOCK):
-        end = min(start + FEEDBACK_BLOCK, len(w))
-        errors = torch.empty_like(w[start:end])
-        for j in range(start, end):
-            torch.bucketize(w[j] * inverse[j], middles, out=codes[j])
-            error = torch.sub(w[j], levels[codes[j]] * s[j], out=errors[j - start]).div_(diagonal[j])
-            w[j + 1 : end].addr_(upper[j, j + 1 : end], error, alpha=-1)
-        w[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
-    result = torch.empty_like(codes)
-    result[order] = codes
-    return result.T.contiguous()
+    (order, upper), device = inputs.feedback, weight.device
+    row_order, rows = (torch.arange(len(weight)), torch.empty(0, 0)) if outputs is None else outputs.feedback
+    picked = row_order.to(device)[:, None], order
+    s = torch.where(scales == 0, 1.0, scales)[picked]
+    w, s, levels, upper, rows = (
+        tensor.to("cpu", torch.float32).contiguous() for tensor in (weight[picked], s, levels, upper, rows)
+    )
+    base, errors, left = w.clone(), torch.empty_like(w), torch.empty_like(w)
+    codes = torch.empty(w.shape, dtype=torch.int64)
+    tensors = (rows, w, base, s, levels, (levels[1:] + levels[:-1]) / 2, upper, codes, errors, left)
+    arrays = [tensor.numpy() for tensor in tensors]  # the same memory
+    height = TILE if len(rows) else len(w)
+    for top in range(0, len(w), height):
+        bottom = min(top + height, len(w))
+        if top:
+            moved = rows[:top, top:bottom].T @ left[:top]
+            w[top:bottom] -= moved
+            base[top:bottom] -= moved
+        for start in range(0, w.shape[1], TILE):
+            stop = min(start + TILE, w.shape[1])
+            _round_tile(top, bottom, start, stop, *arrays)
+            w[top:bottom, stop:].addmm_(errors[top:bottom, start:stop], upper[start:stop, stop:], alpha=-1)
+    result = torch.empty_like(codes, device=device)
+    result[picked] = codes.to(device)
+    return result
 
 
 def refit_scales(
@@ -167,11 +214,11 @@ def refit_scales(
 def requantize(
     layer: BackboneLayer,
     weight: torch.Tensor,
-    inputs: Inputs,
+    inputs: Covariance,
     rank: int,
     rounds: int = 3,
     scale_search: bool = True,
-    output_root: torch.Tensor | None = None,
+    outputs: Covariance | None = None,
 ) -> None:
     """
     Give a backbone layer the codes and scales that suit a rank-r path beside it, and the path that suits them.
@@ -179,18 +226,18 @@ def requantize(
     Coordinate descent on tr((W - Q - B A) H (W - Q - B A)^T): scales by [`search_scales`], then in each round the
     codes of W - B A by [`round_with_feedback`], the scales by [`refit_scales`], and B A by
     [`~hf_polarize.compensation.leading_path`]. The best iterate is kept, and nothing is written if that is the layer
-    as it was. With G = C C^T the paths and the choice of the iterate go by tr(G X H X^T); codes and scales, row by
-    row, by H alone. Everything is evaluated on the values as they are stored, double quantization included. A layer
-    whose rows are no whole blocks is left as it is.
+    as it was. With G the codes, the paths and the choice of the iterate go by tr(G X H X^T); scales, row by row, by H
+    alone. Everything is evaluated on the values as they are stored, double quantization included. A layer whose rows
+    are no whole blocks is left as it is.
 
     Args:
         layer ([`BackboneLayer`]): holds W, quantized; changed in place.
         weight (`torch.Tensor` of shape `(out, in)`): W.
-        inputs ([`Inputs`]): with H.
+        inputs ([`Covariance`]): H.
         rank (`int`): r.
         rounds (`int`): of alternation; with 0 the scales alone are searched.
         scale_search (`bool`): whether scales are chosen at all, or stay those of the format's own rounding.
-        output_root (`torch.Tensor` of shape `(out, out)`, *optional*): C, lower triangular, float32.
+        outputs ([`Covariance`], *optional*): G.
     """
     w = weight.float()
     levels, block = layer.levels(), layer.block_size
@@ -200,26 +247,26 @@ def requantize(
     scales = layer.block_scales()
 
     def left(quantized: torch.Tensor) -> tuple[torch.Tensor, float]:
-        if output_root is None:
+        if outputs is None:
             return leading_path(w - quantized, inputs.root, rank)
-        path, remaining = leading_path(output_root.T @ (w - quantized), inputs.root, rank)
-        return torch.linalg.solve_triangular(output_root.T, path, upper=True), remaining
+        path, remaining = leading_path(outputs.root.T @ (w - quantized), inputs.root, rank)
+        return torch.linalg.solve_triangular(outputs.root.T, path, upper=True), remaining
 
     path, least = left(layer.dequantized())
     best = None
     if scale_search:
         candidates = torch.stack([layer.storable(scales * factor) for factor in SEARCHED])
-        searched = search_scales(w, scales, candidates, levels, block, inputs.covariance.diagonal())
+        searched = search_scales(w, scales, candidates, levels, block, inputs.matrix.diagonal())
         codes = nearest(w / spread(torch.where(searched == 0, 1.0, searched), w.shape, block), levels)
         new_path, remaining = left(levels[codes] * spread(searched, w.shape, block))
         if remaining < least:
             least, best, path, scales = remaining, (codes, searched), new_path, searched
     for _ in range(rounds):
         target = w - path
-        codes = round_with_feedback(target, spread(scales, w.shape, block), levels, *inputs.feedback)
+        codes = round_with_feedback(target, spread(scales, w.shape, block), levels, inputs, outputs)
         units = levels[codes]
         if scale_search:
-            scales = layer.storable(refit_scales(target, units, scales, inputs.covariance, block))
+            scales = layer.storable(refit_scales(target, units, scales, inputs.matrix, block))
         path, remaining = left(units * spread(scales, w.shape, block))
         if remaining < least:
             least, best = remaining, (codes, scales)

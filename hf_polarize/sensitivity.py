@@ -17,7 +17,7 @@ from .report import markdown_table
 @dataclass
 class LayerSensitivity:
     """
-    What quantizing one layer is predicted to cost.
+    What quantizing the weight of one layer is predicted to cost.
 
     Attributes:
         name (`str`): of the layer.
@@ -25,6 +25,8 @@ class LayerSensitivity:
         rank (`int`): of its surrogate.
         before (`float`): 1/2 tr(G E H E^T), predicted loss increase of the bare backbone, nats per prediction.
         gains (`list[float]`): by how much the first, second, ... path lowers it.
+        rounded (`float`, *optional*): predicted loss increase of the layer as bitsandbytes alone rounds it, from whole
+            samples (see [`~hf_polarize.calibration.Statistics`]). `before` and `gains` are in proportion to it.
     """
 
     name: str
@@ -32,6 +34,7 @@ class LayerSensitivity:
     rank: int
     before: float
     gains: list[float]
+    rounded: float | None = None
 
     @property
     def after(self) -> float:
@@ -45,17 +48,48 @@ class SensitivityReport:
     The predicted loss increase of every layer before and after its surrogate: a table, a JSON file, a heat map.
 
     The prediction is a second-order expansion around the original model with the Fisher information in the place of
-    the Hessian and one Kronecker factor on each side of a layer (K-FAC, arXiv 1503.05671).
+    the Hessian: of whole samples for the layer as bitsandbytes rounds it, and from there on in proportion, by one
+    Kronecker factor on each side of a layer (K-FAC, arXiv 1503.05671).
+
+    Attributes:
+        layers (`list[LayerSensitivity]`): in the order of the model.
+        replayed (`dict[str, float]`, *optional*): what quantizing each layer alone really costs, by name, nats per
+            prediction (see [`~hf_polarize.solver.replayed_losses`]), to judge the prediction by.
     """
 
     layers: list[LayerSensitivity]
+    replayed: dict[str, float] | None = None
+
+    def replays(self) -> list[tuple[float, float]]:
+        """Return the predicted and the replayed loss of each layer that has both, greater than 0."""
+        known = self.replayed or {}
+        return [(x.rounded, known[x.name]) for x in self.layers if x.rounded and known.get(x.name, 0.0) > 0]
+
+    def rank_correlation(self) -> float | None:
+        """Return Spearman's rank correlation of predicted and replayed losses."""
+        from scipy.stats import spearmanr
+
+        pairs = self.replays()
+        return float(spearmanr(*zip(*pairs, strict=True)).statistic) if len(pairs) > 2 else None
 
     @classmethod
-    def of(cls, solutions: Mapping[str, Compensation], ranks: Mapping[str, int]) -> SensitivityReport:
+    def of(
+        cls,
+        solutions: Mapping[str, Compensation],
+        ranks: Mapping[str, int],
+        rounded: Mapping[str, float] | None = None,
+    ) -> SensitivityReport:
         """Make the report of solved layers; those without an output covariance are left out."""
         return cls(
             [
-                LayerSensitivity(name, (len(s.b), s.a.shape[1]), ranks[name], s.loss_before, list(s.gains))
+                LayerSensitivity(
+                    name,
+                    (len(s.b), s.a.shape[1]),
+                    ranks[name],
+                    s.loss_before,
+                    list(s.gains),
+                    (rounded or {}).get(name),
+                )
                 for name, s in solutions.items()
                 if s.loss_before is not None and s.gains is not None
             ]
@@ -71,8 +105,12 @@ class SensitivityReport:
 
     def save(self, path: str | Path) -> None:
         """Write all numbers as JSON."""
-        rows = [{**asdict(layer), "after": layer.after} for layer in self.layers]
-        Path(path).write_text(json.dumps({"unit": "nats per prediction", "layers": rows}, indent=1), encoding="utf-8")
+        rows = [
+            {**asdict(layer), "after": layer.after, "replayed": (self.replayed or {}).get(layer.name)}
+            for layer in self.layers
+        ]
+        content = {"unit": "nats per prediction", "rank_correlation": self.rank_correlation(), "layers": rows}
+        Path(path).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     def plot(self, path: str | Path) -> None:
         """Draw a heat map, block by projection, before and after, in one logarithmic scale of colours."""
@@ -107,6 +145,21 @@ class SensitivityReport:
             axis.set_yticks(range(len(kinds)), kinds, fontsize=7)
             figure.colorbar(image, ax=axis, label="" if title == "rank" else "nats")
         axes[-1].set_xlabel("block")
+        figure.savefig(path, dpi=130)
+
+    def plot_replays(self, path: str | Path) -> None:
+        """Draw predicted against replayed losses, a point for each layer."""
+        from matplotlib.figure import Figure
+
+        pairs = self.replays()
+        figure = Figure(figsize=(5, 4.4), layout="constrained")
+        axis = figure.subplots()
+        axis.loglog(*zip(*pairs, strict=True), "o", markersize=3, alpha=0.6)
+        ends = [min(min(pair) for pair in pairs), max(max(pair) for pair in pairs)]
+        axis.loglog(ends, ends, color="0.5", linewidth=1)
+        axis.set_xlabel("predicted loss increase, nats")
+        axis.set_ylabel("replayed")
+        axis.set_title(f"each layer quantized alone; rank correlation {self.rank_correlation():.3f}", fontsize=9)
         figure.savefig(path, dpi=130)
 
 
@@ -146,10 +199,3 @@ def allocate_ranks(
         if ranks[name] < limit[name]:
             heapq.heappush(waiting, (-gains[name][ranks[name]] / cost[name], name))
     return ranks
-
-
-def rank_correlation(predicted: Sequence[float], measured: Sequence[float]) -> float:
-    """Return Spearman's rank correlation of two measures of the same layers."""
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(predicted, measured).statistic)

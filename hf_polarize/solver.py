@@ -17,7 +17,7 @@ from .configuration import ClosedForm
 from .evaluation import HeldOut
 from .plan import Plan, surrogate_copy
 from .quantizer import release_memory
-from .requantization import Inputs, requantize
+from .requantization import Covariance, requantize
 from .sensitivity import SensitivityReport, allocate_ranks
 from .surrogate import SURROGATE, attach_surrogates, factors
 
@@ -33,29 +33,37 @@ class Solutions:
         one_sided (`dict[str, Compensation]`): by layer.
         two_sided (`dict[str, Compensation]`): those that weigh output errors as well; empty where not asked for.
         losses (`dict[str, LayerLoss]`): the predicted loss of each layer, where asked for.
+        rounded (`dict[str, float]`): the predicted loss of each layer as the format's own rounding leaves it.
     """
 
     one_sided: dict[str, Compensation]
     two_sided: dict[str, Compensation]
     losses: dict[str, LayerLoss]
+    rounded: dict[str, float]
 
 
 def solve(
     plan: Plan, statistics: Iterable[dict[str, Statistics]], closed_form: ClosedForm, keep_losses: bool = False
 ) -> Solutions:
     """Quantize each layer that isn't yet, and solve those that get a surrogate as their statistics come in."""
-    found = Solutions({}, {}, {})
+    found = Solutions({}, {}, {}, {})
     targets = {name: plan.layers[name] for name in plan.ranks}
     largest = solved_ranks(plan, closed_form)
 
-    def finish(name: str, known: Statistics, inputs: Inputs) -> None:
+    def finish(name: str, known: Statistics, inputs: Covariance) -> None:
         weight, layer, rank = weight_matrix(plan.layers[name]).detach(), plan.backbone[name], plan.ranks[name]
+        h = inputs.matrix
         g = None if known.g is None else damped(known.g, OUTPUT_DAMPING)
+        if g is not None and known.loss is not None:
+            found.rounded[name] = known.loss
+            error = weight.double() - layer.dequantized().double()
+            predicted = 0.5 * float((g @ error @ h * error).sum())
+            if known.loss > 0 and predicted > 0:
+                g *= known.loss / predicted
         if closed_form.scale_search or closed_form.alternations:
-            root = torch.linalg.cholesky(g).float() if closed_form.two_sided and g is not None else None
-            requantize(layer, weight, inputs, rank, closed_form.alternations, closed_form.scale_search, root)
-        h = inputs.covariance
-        error = weight.double() - layer.dequantized().to(weight.device).double()
+            outputs = Covariance(g) if closed_form.two_sided and g is not None else None
+            requantize(layer, weight, inputs, rank, closed_form.alternations, closed_form.scale_search, outputs)
+        error = weight.double() - layer.dequantized().double()
         found.one_sided[name] = compensate(weight, error, h, largest[name], g)
         if closed_form.two_sided and g is not None:
             found.two_sided[name] = compensate(weight, error, h, largest[name], g, two_sided=True)
@@ -63,9 +71,7 @@ def solve(
             found.losses[name] = LayerLoss(error, h, g)
         bar.update()
 
-    for name, module in plan.layers.items():
-        if name not in plan.backbone:
-            plan.backbone[name] = quantize_linear(module, plan.quantizer.quantization_config)
+    plan.quantized()
     with logging.tqdm(total=len(targets), desc="solving", unit="layer") as bar:
         for part in statistics:
             last = None
@@ -73,24 +79,24 @@ def solve(
                 if name not in targets:
                     continue
                 if known.h is not last:
-                    last, inputs = known.h, Inputs(damped(known.h))
+                    last, inputs = known.h, Covariance(damped(known.h))
                 finish(name, known, inputs)
         for name in set(targets) - set(found.one_sided):  # those that no token reached
-            weight = weight_matrix(targets[name])
-            eye = torch.eye(weight.shape[1], device=weight.device)
-            finish(name, Statistics(eye), Inputs(damped(eye)))
+            known = Statistics.unseen(targets[name])
+            finish(name, known, Covariance(damped(known.h)))
     found.one_sided = {name: found.one_sided[name] for name in targets}
     return found
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What was attached to a model, its ranks, what was tried on held-out data, and the predicted losses asked for."""
+    """What was attached to a model, its ranks, what was tried on held-out data, and predicted losses."""
 
     solutions: dict[str, Compensation]
     ranks: dict[str, int]
     trials: list[dict[str, object]]
     losses: dict[str, LayerLoss]
+    sensitivity: SensitivityReport
 
 
 def carry_out(
@@ -105,9 +111,10 @@ def carry_out(
     found = solve(plan, statistics, closed_form, keep_losses)
     ranks = dict(plan.ranks)
     install(model, plan, found.one_sided)
-    if yardstick is None:
-        return Outcome(found.one_sided, ranks, [], found.losses)
-    return Outcome(*choose(model, plan, found, closed_form, yardstick), found.losses)
+    solutions, trials = found.one_sided, list[dict[str, object]]()
+    if yardstick is not None:
+        solutions, ranks, trials = choose(model, plan, found, closed_form, yardstick)
+    return Outcome(solutions, ranks, trials, found.losses, SensitivityReport.of(solutions, ranks, found.rounded))
 
 
 @contextmanager
@@ -125,7 +132,7 @@ def rounded_backbone(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
 
 def replayed_losses(model: PreTrainedModel, plan: Plan, held_out: HeldOut) -> dict[str, float]:
     """
-    Quantize one layer at a time and measure what that costs, to validate a [`SensitivityReport`] by its rank order.
+    Quantize the weight of one layer at a time and measure what that costs, to judge a [`SensitivityReport`] by.
 
     Args:
         model (`PreTrainedModel`): the original; left as it was.
@@ -138,11 +145,13 @@ def replayed_losses(model: PreTrainedModel, plan: Plan, held_out: HeldOut) -> di
     costs = {}
     with logging.tqdm(total=len(plan.layers), desc="replaying", unit="layer") as bar:
         for name, module in plan.layers.items():
-            model.set_submodule(name, quantize_linear(module, plan.quantizer.quantization_config))
+            weight = weight_matrix(module).data
+            kept = weight.clone()
+            weight.copy_(quantize_linear(module, plan.quantizer.quantization_config).dequantized())
             try:
                 costs[name] = held_out.distance(model, name)
             finally:
-                model.set_submodule(name, module)
+                weight.copy_(kept)
             bar.update()
     return costs
 
@@ -163,7 +172,7 @@ def truncated(solution: Compensation, rank: int) -> tuple[torch.Tensor, torch.Te
 
 
 def install(model: PreTrainedModel, plan: Plan, solutions: Mapping[str, Compensation]) -> None:
-    """Put backbone and surrogates in place; if PEFT refuses the model, leave it as it was."""
+    """Put backbone and surrogates in place; if PEFT refuses the model, leave an original as it was."""
     fresh = plan.original is model
     if fresh:
         for name, layer in plan.backbone.items():

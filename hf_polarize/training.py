@@ -259,7 +259,7 @@ def distill(
     folder: str | Path,
     *,
     train: Sequence[str] = ("surrogate",),
-    learning_rate: float = 3e-4,
+    learning_rate: float = 1e-4,
     batch_size: int = 8,
     micro_batch_size: int = 8,
     epochs: float = 1.0,
@@ -282,7 +282,7 @@ def distill(
         data, held_out (`datasets.Dataset`): of [`~hf_polarize.distillation.teacher_dataset`].
         folder (`str` or `Path`): for checkpoints, from which `resume` goes on.
         train (`Sequence[str]`): see [`trainable_parameters`].
-        learning_rate (`float`, defaults to 3e-4): of the surrogates' B, at its peak.
+        learning_rate (`float`, defaults to 1e-4): of the surrogates' B, at its peak.
         batch_size (`int`, defaults to 8): samples per step.
         micro_batch_size (`int`, defaults to 8): samples in memory at a time.
         epochs (`float`, defaults to 1): passes over the data.
@@ -295,7 +295,8 @@ def distill(
 
     Returns:
         `dict` with `start` and `end`, the held-out distances; `shares`, by how much the distance would be greater with
-        a trained part put back to where it started; `steps`; and `history`, the losses that were logged.
+        a trained part put back to where it started (empty for a single part, or where no step was better); `steps`;
+        and `history`, the losses that were logged.
     """
     core = core_model(model)
     steps = max(1, math.ceil(len(data) * epochs / batch_size))
@@ -308,7 +309,7 @@ def distill(
         max_grad_norm=1.0, eval_strategy="steps", eval_steps=every, save_strategy="steps", save_steps=every,
         save_total_limit=2, load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=False,
         logging_steps=max(1, every // 4), report_to=[], seed=seed, use_cpu=core.device.type == "cpu",
-        bf16=bfloat16_is_fast(core.device) if bf16 is None else bf16, dataloader_drop_last=len(data) >= batch_size,
+        bf16=bfloat16_is_fast(core.device) if bf16 is None else bf16,
     )  # fmt: skip
     trainer = PolarizeTrainer(
         model, arguments, train=train, hidden_weight=hidden_weight, layer_weight=layer_weight,
@@ -320,14 +321,15 @@ def distill(
     checkpoint = get_last_checkpoint(str(folder)) if resume and Path(folder).is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     end = trainer.evaluate()["eval_loss"]
-    if end > start:  # not one step was better
+    shares = {}
+    if not end <= start:  # not one step was better, or it diverged
         _swap(trainer.parts, before)
         end = start
-    shares = {}
-    for part in trainer.parts if len(trainer.parts) > 1 else ():
-        _swap({part: trainer.parts[part]}, before)
-        shares[part] = trainer.evaluate()["eval_loss"] - end
-        _swap({part: trainer.parts[part]}, before)
+    else:
+        for part in trainer.parts if len(trainer.parts) > 1 else ():
+            _swap({part: trainer.parts[part]}, before)
+            shares[part] = trainer.evaluate()["eval_loss"] - end
+            _swap({part: trainer.parts[part]}, before)
     freeze(model)
     # accelerate leaves its mixed precision around the model's forward
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)

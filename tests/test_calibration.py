@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_inputs, tiny_model
+from conftest import FAMILIES, VOCABULARY, tiny_inputs, tiny_model
 from datasets import Dataset
-from transformers import AlbertConfig, AlbertModel
+from transformers import AlbertConfig, AlbertModel, OPTConfig, OPTForCausalLM
 
-from hf_polarize import polarize
+from hf_polarize import PolarizeConfig, polarize
+from hf_polarize.backbone import quantize_linear
 from hf_polarize.calibration import layer_statistics, shared_inputs
 from hf_polarize.data import calibration_batches
 from hf_polarize.plan import make_plan
@@ -166,6 +167,67 @@ def test_tokens_weigh_as_much_as_their_gradients(family):
         expected = (x.T * norm) @ x / norm.sum()
         torch.testing.assert_close(statistics.h.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
         assert not torch.allclose(statistics.h, plain[name], rtol=1e-2)
+        unit = g / norm.clamp(min=1e-30).sqrt()[:, None]
+        expected = unit.T @ unit * (norm.square().sum() / norm.sum()) / predictions(batches)
+        close = {"rtol": 2e-2, "atol": 1e-2 * float(expected.abs().max())}  # may be collected in bfloat16
+        torch.testing.assert_close(statistics.g.double(), expected, **close)
+
+
+def predictions(batches):
+    """A causal model predicts at every token, and a model of hidden states at each of those."""
+    return sum(batch["input_ids"].numel() for batch in batches)
+
+
+def opt():
+    sizes = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    return OPTForCausalLM(OPTConfig(vocab_size=VOCABULARY, word_embed_proj_dim=64, **sizes)).eval()
+
+
+def albert():
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    return AlbertModel(AlbertConfig(vocab_size=VOCABULARY, embedding_size=64, **sizes)).eval()
+
+
+@pytest.mark.parametrize("weigh_tokens", [False, True])
+@pytest.mark.parametrize("make", [lambda: tiny_model("llama-untied"), opt, albert])
+def test_the_loss_of_an_error_is_that_of_whole_samples(make, weigh_tokens):
+    """
+    1/2 (sum_t g_t^T E x_t)^2 over samples, with each gradient and input seen from outside.
+
+    OPT flattens samples in its MLP, ALBERT calls each layer twice.
+    """
+    model = make()
+    batches = [tiny_inputs(tiny_model("llama-untied"), n=6, seed=seed) for seed in range(2)]
+    layers = layers_of(model)
+    config = PolarizeConfig("nf4")
+    config.resolve(torch.float32)
+    backbone = {name: quantize_linear(layer, config) for name, layer in layers.items()}
+    seen = {name: [] for name in layers}
+
+    def watch(name):
+        def hook(module, args, output):
+            if output.requires_grad:
+                output.register_hook(lambda g: seen[name].append((args[0].detach().double(), g.double())))
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
+    options = {"gradients": True, "weigh_tokens": weigh_tokens, "backbone": backbone}
+    (part,) = layer_statistics(model, batches, layers, **options)
+    for handle in handles:
+        handle.remove()
+    for name, statistics in part.items():
+        if not seen[name]:
+            assert name == "pooler" and statistics.loss is None  # the hidden states don't depend on it
+            continue
+        error = (layers[name].weight.detach() - backbone[name].dequantized()).double()
+        changes = [((x @ error.T) * g).reshape(6, -1).sum(1) for x, g in seen[name]]
+        calls = len(changes) // len(batches)
+        whole = torch.stack(changes).view(len(batches), calls, 6).sum(1)
+        expected = 0.5 * float(whole.square().sum()) / predictions(batches)
+        assert statistics.loss == pytest.approx(expected, rel=0.05)
 
 
 def test_output_covariance_predicts_the_loss_of_a_small_error():

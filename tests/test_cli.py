@@ -142,14 +142,16 @@ def test_an_interruption_keeps_the_checkpoint(recipe, tmp_path, capsys, monkeypa
 
 def test_a_run_that_trains_reports_every_step_and_its_share(recipe, tmp_path, capsys):
     overrides = ["train=[surrogate, scales, norms]", "train_tokens=1024", "held_out=4", "learning_rate=0.0001"]
-    assert main(["run", str(recipe), *overrides, "layer_weight=0.1", "allocation=sensitivity"]) == 0
+    assert main(["run", str(recipe), *overrides, "layer_weight=0.1", "allocation=sensitivity", "replay=2"]) == 0
     out = tmp_path / "out"
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["polarized"]["kl"] < metrics["closed_form"]["kl"] < metrics["requantized"]["kl"]
     report = (out / "report.md").read_text()
     for text in ("with surrogates in closed form", "scales alone put back", "ranks by sensitivity", "training.png"):
         assert text in report
-    for name in ("training.png", "sensitivity.png", "sensitivity.json"):
+    sensitivity = json.loads((out / "sensitivity.json").read_text())
+    assert -1 <= sensitivity["rank_correlation"] <= 1 and all(x["replayed"] > 0 for x in sensitivity["layers"])
+    for name in ("training.png", "sensitivity.png", "replayed.png", "sensitivity.json"):
         assert (out / name).stat().st_size > 500
     AutoModelForCausalLM.from_pretrained(out)
     assert str(tmp_path) not in (out / "polarize_config.json").read_text()

@@ -9,7 +9,7 @@ from hf_polarize import PolarizeConfig
 from hf_polarize.backbone import quantize_linear
 from hf_polarize.compensation import compensate, damped
 from hf_polarize.requantization import (
-    Inputs,
+    Covariance,
     nearest,
     refit_scales,
     requantize,
@@ -68,7 +68,7 @@ def test_its_own_values_stored_again_change_nothing(config):
 def test_requantizing_leaves_less_of_the_error(config, shape):
     linear, layer, h, _ = problem(config, *shape)
     before = left(linear, layer, h, rank=4)
-    requantize(layer, linear.weight.detach(), Inputs(h), rank=4)
+    requantize(layer, linear.weight.detach(), Covariance(h), rank=4)
     after = left(linear, layer, h, rank=4)
     assert after < (0.9 if config != "int8" else 0.999) * before
 
@@ -79,8 +79,8 @@ def test_with_gradients_it_leaves_less_predicted_loss():
     weight = linear.weight.detach()
     g = torch.randn(400, 96) * torch.logspace(-1, 1, 96)
     g = damped(g.T @ g / len(g), 0.1)
-    requantize(one, weight, Inputs(h), rank=4)
-    requantize(two, weight, Inputs(h), rank=4, output_root=torch.linalg.cholesky(g).float())
+    requantize(one, weight, Covariance(h), rank=4)
+    requantize(two, weight, Covariance(h), rank=4, outputs=Covariance(g))
 
     def loss(layer):
         solution = compensate(weight, weight.double() - layer.dequantized().double(), h, 4, g, two_sided=True)
@@ -92,14 +92,14 @@ def test_with_gradients_it_leaves_less_predicted_loss():
 def test_rows_that_are_no_whole_blocks_stay_as_bitsandbytes_makes_them():
     linear, layer, h, _ = problem("nf4", 128, 96)
     before = layer.dequantized()
-    requantize(layer, linear.weight.detach(), Inputs(h), rank=4)
+    requantize(layer, linear.weight.detach(), Covariance(h), rank=4)
     assert torch.equal(layer.dequantized(), before)
 
 
 @pytest.mark.parametrize("config", ["nf4", "int8"])
 def test_the_layer_multiplies_with_the_new_values(config):
     linear, layer, h, x = problem(config)
-    requantize(layer, linear.weight.detach(), Inputs(h), rank=4)
+    requantize(layer, linear.weight.detach(), Covariance(h), rank=4)
     layer.train()
     y = layer(x[:50])
     expected = x[:50] @ layer.dequantized().T + linear.bias
@@ -133,8 +133,7 @@ def test_feedback_beats_rounding_to_nearest():
     linear, layer, h, x = problem("nf4")
     w, levels = linear.weight.data, layer.levels()
     s = spread(layer.block_scales(), w.shape, 64)
-    order, upper = Inputs(h).feedback
-    codes = round_with_feedback(w, s, levels, order, upper)
+    codes = round_with_feedback(w, s, levels, Covariance(h))
     plain = levels[nearest(w / s, levels)] * s
     assert (x @ (w - levels[codes] * s).T).norm() < 0.8 * (x @ (w - plain).T).norm()
 
@@ -143,8 +142,52 @@ def test_feedback_with_independent_inputs_is_rounding_to_nearest():
     linear, layer, _, _ = problem("nf4")
     w, levels = linear.weight.data, layer.levels()
     s = spread(layer.block_scales(), w.shape, 64)
-    order, upper = Inputs(torch.diag(torch.rand(w.shape[1], dtype=torch.float64) + 0.5)).feedback
-    assert torch.equal(round_with_feedback(w, s, levels, order, upper), nearest(w / s, levels))
+    apart = Covariance(torch.diag(torch.rand(w.shape[1], dtype=torch.float64) + 0.5))
+    assert torch.equal(round_with_feedback(w, s, levels, apart), nearest(w / s, levels))
+
+
+def textbook_feedback(w, s, levels, hessian, order):
+    """GPTQ in float64 on one long vector, with any Hessian (arXiv 2210.17323, algorithm 1 without its blocks)."""
+    inverse = torch.linalg.inv(hessian[order][:, order])
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    w, s = w.reshape(-1)[order].double().clone(), s.reshape(-1)[order].double()
+    codes = torch.empty(len(w), dtype=torch.int64)
+    for j in range(len(w)):
+        codes[j] = (levels.double() * s[j] - w[j]).abs().argmin()
+        w[j:] -= (w[j] - levels[codes[j]].double() * s[j]) / upper[j, j] * upper[j, j:]
+    result = torch.empty_like(codes)
+    result[order] = codes
+    return result
+
+
+@pytest.mark.parametrize("with_outputs", [False, True])
+def test_feedback_is_the_textbook_on_the_kronecker_product(with_outputs):
+    _, layer, _, _ = problem("nf4", 8, 64)
+    torch.manual_seed(3)
+    w, s, levels = torch.randn(20, 70), 2 + torch.rand(20, 70), layer.levels()
+    x, y = torch.randn(200, 70) @ torch.randn(70, 70), torch.randn(90, 20) @ torch.randn(20, 20)
+    inputs, outputs = Covariance(damped(x.T @ x)), Covariance(damped(y.T @ y)) if with_outputs else None
+    g = outputs.matrix if outputs else torch.eye(20, dtype=torch.float64)
+    rows = outputs.feedback[0] if outputs else torch.arange(20)
+    order = (rows[:, None] * 70 + inputs.feedback[0]).reshape(-1)
+    expected = textbook_feedback(w, s, levels, torch.kron(g, inputs.matrix), order).view(20, 70)
+    codes = round_with_feedback(w, s, levels, inputs, outputs)
+    assert float((codes == expected).double().mean()) > 0.99  # float32 may tip a value between two levels
+
+
+def test_feedback_between_rows_leaves_less_predicted_loss():
+    linear, layer, h, _ = problem("nf4", 160, 192)
+    g = torch.randn(400, 160) @ torch.randn(160, 160)
+    g = damped(g.T @ g / len(g), 0.1)
+    w, levels = linear.weight.data, layer.levels()
+    s = spread(layer.block_scales(), w.shape, 64)
+
+    def loss(codes):
+        error = (w - levels[codes] * s).double()
+        return float((g @ error @ h * error).sum())
+
+    one = loss(round_with_feedback(w, s, levels, Covariance(h)))
+    assert loss(round_with_feedback(w, s, levels, Covariance(h), Covariance(g))) < 0.8 * one
 
 
 def test_refitted_scales_are_the_least_squares_solution():
@@ -168,7 +211,7 @@ def test_the_same_input_gives_the_same_bytes():
     layers = []
     for _ in range(2):
         linear, layer, h, _ = problem("nf4-double")
-        requantize(layer, linear.weight.detach(), Inputs(h), rank=4)
+        requantize(layer, linear.weight.detach(), Covariance(h), rank=4)
         layers.append(layer.state_dict())
     assert all(torch.equal(value, layers[1][key]) for key, value in layers[0].items())
 

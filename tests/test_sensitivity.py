@@ -8,8 +8,15 @@ import torch
 from conftest import tiny_inputs, tiny_model
 
 from hf_polarize import PolarizeConfig, SurrogateConfig, polarize
+from hf_polarize.calibration import layer_statistics
 from hf_polarize.configuration import ClosedForm
-from hf_polarize.sensitivity import LayerSensitivity, allocate_ranks, rank_correlation
+from hf_polarize.data import calibration_batches
+from hf_polarize.evaluation import HeldOut
+from hf_polarize.pipeline import load_model
+from hf_polarize.plan import make_plan
+from hf_polarize.recipe import Recipe, load_data
+from hf_polarize.sensitivity import LayerSensitivity, SensitivityReport, allocate_ranks
+from hf_polarize.solver import replayed_losses
 from hf_polarize.surrogate import factors
 
 
@@ -44,9 +51,12 @@ def test_ranks_stay_within_their_limits():
         allocate_ranks(problem, 79, r_max=5)
 
 
-def test_spearman():
-    assert rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1)
-    assert rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == pytest.approx(-1)
+@pytest.mark.parametrize(("replayed", "expected"), [([10, 20, 30, 40], 1), ([4, 3, 2, 1], -1), ([1, 2, 4, 3], 0.8)])
+def test_rank_correlation_with_replays(replayed, expected):
+    names = [f"l{i}" for i in range(4)]
+    layers = [LayerSensitivity(name, (4, 4), 1, 0.0, [], rounded=i + 1.0) for i, name in enumerate(names)]
+    report = SensitivityReport(layers, dict(zip(names, replayed, strict=True)))
+    assert report.rank_correlation() == pytest.approx(expected)
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +113,40 @@ def test_too_little_data_to_hold_some_out_is_refused():
     model = tiny_model("llama-untied")
     with pytest.raises(ValueError, match="keeps 8 samples back, and the calibration data has 4"):
         polarize(model, [tiny_inputs(model)], closed_form=ClosedForm(two_sided=True))
+
+
+@pytest.mark.parametrize("backbone", ["nf4", "int8"])
+def test_losses_are_in_proportion_to_those_of_whole_samples(backbone):
+    """With the format's own rounding the predicted loss is the one that was measured."""
+    model = tiny_model("llama-untied")
+    plain = ClosedForm(scale_search=False, alternations=0)
+    polarize(model, [tiny_inputs(model, n=8)], PolarizeConfig(backbone), SurrogateConfig(r=4), plain)
+    assert len(model.sensitivity.layers) == 14
+    for layer in model.sensitivity.layers:
+        assert layer.before == pytest.approx(layer.rounded, rel=1e-6) and layer.rounded > 0
+        assert 0 < layer.after < layer.before
+
+
+def test_layers_without_error_are_no_obstacle():
+    model = tiny_model("llama-untied")
+    model.model.layers[0].mlp.up_proj.weight.data.zero_()
+    closed_form = ClosedForm(two_sided=True, allocation="sensitivity", held_out=4)
+    polarize(model, [tiny_inputs(model, n=12)], surrogate=SurrogateConfig(r=4), closed_form=closed_form)
+    losses = {layer.name: layer.rounded for layer in model.sensitivity.layers}
+    assert losses["model.layers.0.mlp.up_proj"] == 0
+
+
+@pytest.mark.slow
+def test_predicted_losses_rank_the_layers_of_a_real_model_as_replays_do():
+    model, tokenizer = load_model(Recipe(model="demo:smollm2"))
+    plan = make_plan(model)
+    plan.layers = {name: layer for i, (name, layer) in enumerate(plan.layers.items()) if i % 4 == 0}
+    batches = calibration_batches(model, "self", tokenizer, 256, 32 * 256, 2, seed=0)
+    known = {}
+    for part in layer_statistics(model, batches, plan.layers, gradients=True, backbone=plan.quantized()):
+        known.update(part)
+    held_out = HeldOut(model, calibration_batches(model, load_data("python-docs"), tokenizer, 512, 512, 1, seed=0))
+    layers = [LayerSensitivity(name, (0, 0), 1, 0.0, [], known[name].loss) for name in plan.layers]
+    report = SensitivityReport(layers, replayed_losses(model, plan, held_out))
+    assert len(report.replays()) == len(plan.layers) == 53
+    assert report.rank_correlation() >= 0.8

@@ -205,6 +205,14 @@ def test_a_training_that_only_does_harm_leaves_the_closed_form(tmp_path):
         assert all(torch.equal(x, y) for x, y in zip(pair, before[name], strict=True))
 
 
+def test_held_out_samples_that_fill_no_batch_count_as_well(tmp_path):
+    model, data, _ = make(tmp_path)
+    original = tiny_model("llama-untied")
+    held_out = teacher_dataset(original, split(windows(3, 2), 4, original), tmp_path)
+    record = distill(model, data, held_out, tmp_path / "run", micro_batch_size=4, bf16=False)
+    assert 0 < record["end"] < record["start"]
+
+
 def test_the_original_may_stay_in_memory_instead(tmp_path):
     model, data, _ = make(tmp_path)
     losses = []
