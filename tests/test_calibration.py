@@ -1,5 +1,7 @@
 """Covariances against the activations themselves, in float64."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from conftest import FAMILIES, VOCABULARY, tiny_inputs, tiny_model
@@ -137,11 +139,9 @@ def test_output_covariances_are_asked_for_and_cost_the_model_nothing(family):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("family", ["llama-untied", "bert", "gpt2"])
-def test_tokens_weigh_as_much_as_their_gradients(family):
-    model = tiny_model(family)
-    batches = [tiny_inputs(model, seed=seed) for seed in range(2)]
-    layers = layers_of(model)
+@contextmanager
+def watched(layers):
+    """See each layer's inputs and gradients, float64, from outside: a pair per call, by name."""
     seen = {name: [] for name in layers}
 
     def watch(name):
@@ -152,9 +152,18 @@ def test_tokens_weigh_as_much_as_their_gradients(family):
         return hook
 
     handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    (part,) = layer_statistics(model, batches, layers, gradients=True, weigh_tokens=True)
+    yield seen
     for handle in handles:
         handle.remove()
+
+
+@pytest.mark.parametrize("family", ["llama-untied", "bert", "gpt2"])
+def test_tokens_weigh_as_much_as_their_gradients(family):
+    model = tiny_model(family)
+    batches = [tiny_inputs(model, seed=seed) for seed in range(2)]
+    layers = layers_of(model)
+    with watched(layers) as seen:
+        (part,) = layer_statistics(model, batches, layers, gradients=True, weigh_tokens=True)
     plain = collect(model, batches)
     assert set(part) == set(plain)
     for name, statistics in part.items():
@@ -204,20 +213,9 @@ def test_the_loss_of_an_error_is_that_of_whole_samples(make, weigh_tokens):
     config = PolarizeConfig("nf4")
     config.resolve(torch.float32)
     backbone = {name: quantize_linear(layer, config) for name, layer in layers.items()}
-    seen = {name: [] for name in layers}
-
-    def watch(name):
-        def hook(module, args, output):
-            if output.requires_grad:
-                output.register_hook(lambda g: seen[name].append((args[0].detach().double(), g.double())))
-
-        return hook
-
-    handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
     options = {"gradients": True, "weigh_tokens": weigh_tokens, "backbone": backbone}
-    (part,) = layer_statistics(model, batches, layers, **options)
-    for handle in handles:
-        handle.remove()
+    with watched(layers) as seen:
+        (part,) = layer_statistics(model, batches, layers, **options)
     for name, statistics in part.items():
         if not seen[name]:
             assert name == "pooler" and statistics.loss is None  # the hidden states don't depend on it
