@@ -6,6 +6,8 @@ only, no model. A weight is `(out, in)`; its scales stand for blocks of neighbou
 
 from __future__ import annotations
 
+import itertools
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import numba
@@ -99,7 +101,7 @@ class Covariance:
         return order, (upper / upper.diagonal()[:, None]).float().contiguous()
 
 
-@numba.njit  # type: ignore[untyped-decorator]
+@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
 def _round_tile(top, bottom, start, stop, rows, w, base, s, levels, middles, upper, codes, errors, left):  # type: ignore[no-untyped-def]
     """
     Round a tile row by row, each from left to right; `w` and `base` are the targets with and without column feedback.
@@ -158,10 +160,10 @@ def round_with_feedback(
     codes = torch.empty(w.shape, dtype=torch.int64)
     tensors = (rows, w, base, s, levels, (levels[1:] + levels[:-1]) / 2, upper, codes, errors, left)
     arrays = [tensor.numpy() for tensor in tensors]  # the same memory
-    height = TILE if len(rows) else len(w)
-    for top in range(0, len(w), height):
+
+    def band(top: int, height: int) -> None:
         bottom = min(top + height, len(w))
-        if top:
+        if len(rows) and top:
             moved = rows[:top, top:bottom].T @ left[:top]
             w[top:bottom] -= moved
             base[top:bottom] -= moved
@@ -169,6 +171,11 @@ def round_with_feedback(
             stop = min(start + TILE, w.shape[1])
             _round_tile(top, bottom, start, stop, *arrays)
             w[top:bottom, stop:].addmm_(errors[top:bottom, start:stop], upper[start:stop, stop:], alpha=-1)
+
+    threads = 1 if len(rows) else torch.get_num_threads()  # rows that know nothing of each other go side by side
+    height = TILE if len(rows) else -(-len(w) // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(band, range(0, len(w), height), itertools.repeat(height)))
     result = torch.empty_like(codes, device=device)
     result[picked] = codes.to(device)
     return result
