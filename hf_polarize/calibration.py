@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .backbone import weight_matrix
-from .data import Batch, bfloat16_is_fast, draw, mixed_precision, to_model
 from .formats import BackboneLayer
+from .models import Batch, bfloat16_is_fast, mixed_precision, to_model
+from .self_text import draw
 
 logger = logging.get_logger(__name__)
 

@@ -2,72 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
+import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
-from transformers.utils import logging
+from transformers import PreTrainedModel
 
-logger = logging.get_logger(__name__)
-
-SELF = "self"
-"""Name of the calibration data that the original model writes itself."""
-
-LIKELIEST = 4
-"""Tokens after the first that the model does not sample when it writes its own calibration text."""
+from .models import Batch, is_causal_lm, is_text_model, tokens_per_sample
+from .self_text import SELF, self_windows
 
 CHARACTERS_PER_TOKEN = 8
 """More than a token of text has on average in any language; so much of a data set is read."""
-
-Batch = dict[str, torch.Tensor]
-
-
-def to_model(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
-    """Move a batch to the device of a model, and images and the like to its dtype."""
-    return {
-        key: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
-        for key, value in batch.items()
-    }
-
-
-def bfloat16_is_fast(device: torch.device) -> bool:
-    """Tell whether a device multiplies bfloat16 matrices faster than float32 ones."""
-    if device.type == "cpu":
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
-def mixed_precision(model: PreTrainedModel) -> torch.autocast:
-    """Multiply in bfloat16 inside this context, if the model is in float32 and its device is faster that way."""
-    device = torch.device(model.device)
-    return torch.autocast(
-        device.type, torch.bfloat16, enabled=model.dtype == torch.float32 and bfloat16_is_fast(device)
-    )
-
-
-def bfloat16_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy with parameters in bfloat16 where that is faster than the float32 of the model; else the model."""
-    if model.dtype != torch.float32 or not bfloat16_is_fast(torch.device(model.device)):
-        return model
-    cast = {id(p): torch.nn.Parameter(p.detach().bfloat16(), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, cast)
-
-
-def is_text_model(model: PreTrainedModel) -> bool:
-    return getattr(model, "main_input_name", "input_ids") == "input_ids"
-
-
-def is_causal_lm(model: PreTrainedModel) -> bool:
-    """Tell whether a model predicts the next token of its input: it has an output embedding and looks only back."""
-    return (
-        is_text_model(model)
-        and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-        and model.get_output_embeddings() is not None
-    )
 
 
 def spread_rows(
@@ -200,82 +148,6 @@ def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     return [], []
 
 
-_CANT_WRITE = (
-    f'{{}} can\'t write its own calibration text (data="{SELF}"): {{}}; '
-    "give a text file, a list of strings or a data set"
-)
-
-
-def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """
-    Draw a class of softmax(logits) for each row, `(n, 1)`, by inverting its distribution.
-
-    torch.multinomial draws a number for every class: a millisecond per row of a vocabulary on a CPU.
-    """
-    cumulated = logits.float().softmax(-1).cumsum(-1)
-    drawn = torch.rand(len(logits), 1, generator=generator).to(logits.device) * cumulated[:, -1:]
-    return torch.searchsorted(cumulated, drawn).clamp(max=logits.shape[-1] - 1)
-
-
-class _Sample(LogitsProcessor):
-    """Leave only one next token possible: the first `after` times the likeliest, then one that is drawn."""
-
-    def __init__(self, generator: torch.Generator, after: int) -> None:
-        self.generator, self.after = generator, after
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if input_ids.shape[-1] <= self.after:
-            return scores
-        return torch.full_like(scores, -torch.inf).scatter(-1, draw(scores, self.generator), 0.0)
-
-
-@torch.no_grad()
-def self_windows(model: PreTrainedModel, window: int, count: int, seed: int, batch_size: int = 128) -> torch.Tensor:
-    """
-    Let a causal language model write its own calibration text.
-
-    Each window starts with a random word of the vocabulary and its `LIKELIEST` likeliest successors, which find a
-    topic for it, and goes on at temperature 1 (LLM-QAT, arXiv 2305.17888, section 2.1). What follows the end of a text
-    is the next one, as in pretraining. A chat model that starts from its first token writes mostly fragments.
-
-    Args:
-        model (`PreTrainedModel`): the original model.
-        window (`int`): tokens per window.
-        count (`int`): number of windows.
-        seed (`int`): of the sampling; torch's own random state is left as it was.
-        batch_size (`int`, defaults to 128): windows written side by side, at most.
-
-    Returns:
-        `torch.Tensor` of shape `(count, window)`, int64.
-    """
-    if not model.can_generate() or not is_causal_lm(model):
-        raise ValueError(_CANT_WRITE.format(type(model).__name__, "it is no causal language model"))
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(model.config.get_text_config().vocab_size, (count, 1), generator=generator)
-    parts: list[torch.Tensor] = []
-    writer = bfloat16_copy(model)
-    own = writer.generation_config
-    with logging.tqdm(total=count * (window - 1), desc="writing calibration text", unit="token") as bar:
-
-        def show(ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            bar.update(len(ids))
-            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)  # never a reason to stop
-
-        # generate fills gaps from the model's own configuration
-        writer.generation_config = GenerationConfig(do_sample=False, max_new_tokens=window - 1, pad_token_id=0)
-        try:
-            for ids in starts.to(model.device).chunk(-(-count // batch_size)) if window > 1 else ():
-                # in one call: a prompt of several tokens makes torch copy the output embedding for each row on a CPU
-                written = writer.generate(
-                    ids, attention_mask=torch.ones_like(ids), stopping_criteria=[show],
-                    logits_processor=[_Sample(generator, LIKELIEST)],
-                )  # fmt: skip
-                parts.append(written.cpu())
-        finally:
-            writer.generation_config = own
-    return torch.cat(parts) if parts else starts
-
-
 def calibration_batches(
     model: PreTrainedModel,
     data: Any,
@@ -285,6 +157,7 @@ def calibration_batches(
     batch_size: int,
     seed: int,
     text_column: str | None = None,
+    lines: bool = False,
 ) -> list[Batch]:
     """
     Turn calibration data into batches of model inputs, without padding.
@@ -298,8 +171,9 @@ def calibration_batches(
         max_tokens (`int`): at most that many tokens, in whole windows spread evenly over the text, or as the patches
             of whole images; at least one. A data set is read no further than that takes.
         batch_size (`int`): windows per batch.
-        seed (`int`): for `"self"`.
+        seed (`int`): for `"self"`, and of the order of lines.
         text_column (`str`, *optional*): of a data set.
+        lines (`bool`, defaults to `False`): see [`line_batches`]; a batch holds as many tokens as with windows.
 
     Returns:
         `list[dict[str, torch.Tensor]]` on the CPU.
@@ -311,6 +185,10 @@ def calibration_batches(
             )
         return data
     check_split(data)
+    if lines:
+        return line_batches(
+            model, data, processor, window, batch_size * window, max_tokens=max_tokens, column=text_column, seed=seed
+        )
     count = max(1, max_tokens // tokens_per_sample(model, window))
     if not is_text_model(model):
         return _image_batches(data, processor, count, batch_size)
@@ -332,40 +210,80 @@ def calibration_batches(
     return split(windows, batch_size, model)
 
 
-def line_batches(data: Any, tokenizer: Any, count: int, batch_size: int, column: str | None = None) -> list[Batch]:
+def line_batches(
+    model: PreTrainedModel,
+    data: Any,
+    tokenizer: Any,
+    window: int,
+    batch_tokens: int,
+    *,
+    count: int | None = None,
+    max_tokens: int | None = None,
+    column: str | None = None,
+    seed: int = 0,
+) -> list[Batch]:
     """
-    Turn each line of a text, or row of a data set, into one input of its own; the lines of a batch are padded.
+    Make each line of a text, or row of a data set, an input of its own; lines of a batch are equally long, unpadded.
 
     Args:
+        model (`PreTrainedModel`): an encoder.
         data: what [`read_texts`] reads.
-        tokenizer: of the model.
-        count (`int`): lines at most, spread evenly.
-        batch_size (`int`): lines per batch; shorter ones come first, so that there is little padding.
+        tokenizer: of the model; it adds its special tokens.
+        window (`int`): tokens to which longer lines are cut.
+        batch_tokens (`int`): tokens per batch; at least one line.
+        count (`int`, *optional*): lines at most, spread evenly.
+        max_tokens (`int`, *optional*): tokens of all lines together, at most.
         column (`str`, *optional*): of a data set.
+        seed (`int`): of the order of the batches.
 
     Returns:
-        `list[dict[str, torch.Tensor]]` with `attention_mask`.
+        `list[dict[str, torch.Tensor]]` with `input_ids` and an `attention_mask` of ones, both `(lines, length)`.
+
+    Raises:
+        ValueError: If the model is no encoder, or `max_tokens` holds no line.
     """
-    lines = [line for text in read_texts(data, column) for line in text.splitlines() if line.strip()]
-    if len(lines) > count:
-        lines = [lines[i * len(lines) // count] for i in range(count)]
-    lines.sort(key=len)
-    return [
-        dict(tokenizer(lines[start : start + batch_size], padding=True, truncation=True, return_tensors="pt"))
-        for start in range(0, len(lines), batch_size)
-    ]
+    if (
+        not is_text_model(model)
+        or is_causal_lm(model)
+        or model.get_output_embeddings() is not None
+        or getattr(model.config, "is_encoder_decoder", False)
+    ):
+        raise ValueError(
+            f"lines are inputs of encoders that embed or classify sentences, and {type(model).__name__} is none: "
+            "leave lines out, or take model_class: AutoModel"
+        )
+    if tokenizer is None:
+        raise ValueError("text data needs a tokenizer: polarize(model, data, processor=tokenizer)")
+    texts = read_texts(data, column, None if max_tokens is None else CHARACTERS_PER_TOKEN * max_tokens)
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    longest = min(window, tokenizer.model_max_length)
+    rows = tokenizer(lines, truncation=True, max_length=longest)["input_ids"]
+    total = sum(map(len, rows))
+    if max_tokens is not None and total > max_tokens:
+        count = min(len(rows) * max_tokens // total, count or len(rows))
+    if count is not None and len(rows) > count:
+        rows = [rows[i * len(rows) // count] for i in range(count)]
+    while max_tokens is not None and sum(map(len, rows)) > max_tokens:
+        rows.pop()
+    if not rows:
+        raise ValueError(f"max_tokens={max_tokens} holds no line of the data")
+    rows.sort(key=len)
+    batches = []
+    for length, group in itertools.groupby(rows, key=len):
+        for ids in torch.tensor(list(group)).split(max(1, batch_tokens // length)):
+            batches.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    random.Random(seed).shuffle(batches)
+    return batches
+
+
+def lines_per_window(batches: Sequence[Batch], window: int) -> int:
+    """Return how many lines of some batches hold as many tokens as a window, on average."""
+    lines, tokens = (sum(size(batch["input_ids"]) for batch in batches) for size in (len, torch.numel))
+    return max(1, round(window * lines / tokens))
 
 
 def _values(row: Any) -> list[Any]:
     return list(row.values()) if isinstance(row, dict) else [row]
-
-
-def tokens_per_sample(model: PreTrainedModel, window: int) -> int:
-    """Return the tokens of one sample: of a text window, or the patches of an image."""
-    size, patch = getattr(model.config, "image_size", None), getattr(model.config, "patch_size", None)
-    if is_text_model(model):
-        return window
-    return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else 197
 
 
 def split(windows: torch.Tensor, batch_size: int, model: PreTrainedModel) -> list[Batch]:

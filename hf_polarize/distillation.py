@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .data import Batch, is_causal_lm, to_model
 from .evaluation import check_head, logit_head
+from .models import Batch, is_causal_lm, to_model
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -143,7 +143,7 @@ def teacher_dataset(
 
     Args:
         original (`PreTrainedModel`): in 16 or 32 bits.
-        batches (`Sequence[dict[str, torch.Tensor]]`): inputs of one size, without padding.
+        batches (`Sequence[dict[str, torch.Tensor]]`): inputs without padding; batches may differ in length.
         folder (`str` or `Path`, *optional*): where the Arrow files go; the cache of `datasets` if left out.
         top_k (`int`, *optional*): keep the k largest log-probabilities, float32, of each token, instead of its final
             hidden state. The default is `TOP_K` for a model with logits that is no causal language model.
@@ -168,11 +168,12 @@ def teacher_dataset(
             for i in range(len(next(iter(values.values())))):
                 yield {key: value[i].numpy() for key, value in values.items()}
 
+    ragged = len({tuple(value.shape[1:]) for batch in batches for value in batch.values()}) > 1
     try:
         sample = columns({key: value[:1] for key, value in batches[0].items()})
         data = datasets.Dataset.from_generator(
             rows,
-            features=datasets.Features({key: _feature(value[0]) for key, value in sample.items()}),
+            features=datasets.Features({key: _feature(value[0], ragged) for key, value in sample.items()}),
             cache_dir=None if folder is None else str(folder),
             fingerprint=uuid.uuid4().hex,  # else it would hash the model to look for what it made before
             writer_batch_size=16,
@@ -182,8 +183,30 @@ def teacher_dataset(
     return data.with_format("torch")
 
 
-def _feature(value: torch.Tensor) -> Any:
+def _feature(value: torch.Tensor, ragged: bool) -> Any:
+    """Return the type of a column, the first dimension of which may differ from row to row."""
     kind = str(value.dtype).removeprefix("torch.")
     if value.dim() == 1:
-        return datasets.Sequence(datasets.Value(kind), length=len(value))
-    return {2: datasets.Array2D, 3: datasets.Array3D}[value.dim()](shape=tuple(value.shape), dtype=kind)
+        return datasets.Sequence(datasets.Value(kind), length=-1 if ragged else len(value))
+    shape = (None if ragged else value.shape[0], *value.shape[1:])
+    return {2: datasets.Array2D, 3: datasets.Array3D}[value.dim()](shape=shape, dtype=kind)
+
+
+def padded_batch(samples: Sequence[dict[str, Any]]) -> Batch:
+    """
+    Stack samples of a data set; where they differ in length, fill up with zeros that an `attention_mask` leaves out.
+
+    Args:
+        samples (`Sequence[dict[str, Any]]`): tensors, lists or numbers by name; strings are left out.
+    """
+    batch: Batch = {}
+    for key, first in samples[0].items():
+        if isinstance(first, str) or first is None:
+            continue
+        values = [torch.as_tensor(sample[key]) for sample in samples]
+        batch[key] = nn.utils.rnn.pad_sequence(values, batch_first=True) if values[0].dim() else torch.stack(values)
+    if "input_ids" in batch and "attention_mask" not in batch:
+        lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
+        if (lengths != lengths[0]).any():
+            batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    return batch

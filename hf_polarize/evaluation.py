@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .data import Batch, is_causal_lm, is_text_model, to_model
+from .models import Batch, is_causal_lm, is_text_model, to_model
 from .surrogate import core_model
 
 CHUNK = 128

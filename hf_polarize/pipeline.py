@@ -13,17 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from .checkpoint import SIDECAR, prepare_folder, save_polarized, sidecar, write_json
-from .data import (
-    Batch,
-    calibration_batches,
-    is_causal_lm,
-    is_text_model,
-    line_batches,
-    read_texts,
-    split,
-    token_windows,
-    tokens_per_sample,
-)
+from .data import calibration_batches, line_batches, lines_per_window, read_texts, split, token_windows
 from .distillation import teacher_dataset
 from .evaluation import (
     HeldOut,
@@ -33,6 +23,7 @@ from .evaluation import (
 )
 from .hub import push_folder
 from .inspection import CheckpointInfo, inspect_checkpoint
+from .models import Batch, is_causal_lm, is_text_model, tokens_per_sample
 from .plan import forget_gguf, make_plan
 from .polarization import count_samples, hold_out, polarize, public_name
 from .recipe import Recipe, load_data
@@ -56,13 +47,11 @@ class Evaluator:
                 f"Token perplexity on `{name}`: {len(windows)} windows of {window} tokens that don't overlap, "
                 "spread evenly; KL in nats per token."
             )
-        elif recipe.evaluation_lines:
-            if not is_text_model(original) or original.get_output_embeddings() is not None:
-                raise ValueError(
-                    f"evaluation_lines measures embeddings of sentences, and {type(original).__name__} makes none: "
-                    "leave it out, or take model_class: AutoModel"
-                )
-            batches = line_batches(data, processor, count, 8 * recipe.batch_size, recipe.evaluation_column)
+        elif recipe.lines:
+            batches = line_batches(
+                original, data, processor, window, 8 * recipe.batch_size * recipe.window, count=count,
+                column=recipe.evaluation_column,
+            )  # fmt: skip
         else:
             tokens = count * tokens_per_sample(original, window)
             batches = calibration_batches(
@@ -72,7 +61,7 @@ class Evaluator:
         self.original = self.held_out.original
         if not self.held_out.causal:
             measure = "KL(original || model) of the logits, in nats" if self.held_out.outputs.logits else "1 - cosine"
-            output = f"embedding of each of {count_samples(batches)} lines" if recipe.evaluation_lines else "output"
+            output = f"embedding of each of {count_samples(batches)} lines" if recipe.lines else "output"
             self.protocol = f"Loss is the mean distance of the {output} from the original's on `{name}`: {measure}."
 
     def measure(self, model: PreTrainedModel, desc: str) -> tuple[Quality, float]:
@@ -202,9 +191,12 @@ def closed_form(
 
 def train(recipe: Recipe, model: PreTrainedModel, data: Any, held_out: Any, scratch: str) -> dict[str, Any]:
     """Train a polarized model as a recipe says."""
+    tokens = sum(map(len, data["input_ids"])) if recipe.lines else 0
+    per_window = max(1, round(recipe.window * len(data) / tokens)) if tokens else 1
     return distill(
         model, data, held_out, Path(scratch) / "training", train=recipe.train or ["surrogate"],
-        learning_rate=recipe.learning_rate, batch_size=recipe.train_batch_size, micro_batch_size=recipe.batch_size,
+        learning_rate=recipe.learning_rate, batch_size=recipe.train_batch_size * per_window,
+        micro_batch_size=recipe.batch_size * per_window,
         hidden_weight=recipe.hidden_weight, layer_weight=recipe.layer_weight,
         layer_losses=model.layer_losses, patience=recipe.patience, seed=recipe.seed,
     )  # fmt: skip
@@ -249,9 +241,10 @@ def recipe_batches(
     extra = recipe.held_out * tokens_per_sample(model, recipe.window) if choosing else 0
     batches = calibration_batches(
         model, calibration, processor, recipe.window, tokens + extra, recipe.batch_size, recipe.seed,
-        recipe.calibration_column,
+        recipe.calibration_column, recipe.lines,
     )  # fmt: skip
-    return hold_out(batches, recipe.held_out) if choosing else (batches, [])
+    per_window = lines_per_window(batches, recipe.window) if recipe.lines else 1
+    return hold_out(batches, recipe.held_out * per_window) if choosing else (batches, [])
 
 
 def at_most(batches: list[Batch], tokens: int, model: PreTrainedModel) -> list[Batch]:

@@ -14,8 +14,9 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from .calibration import MEMORY_LIMIT, layer_statistics
 from .compensation import Compensation
 from .configuration import ClosedForm, PolarizeConfig, SurrogateConfig
-from .data import Batch, calibration_batches, is_text_model
+from .data import calibration_batches, lines_per_window
 from .evaluation import HeldOut
+from .models import Batch, is_text_model
 from .plan import make_plan
 from .solver import carry_out
 
@@ -34,6 +35,7 @@ def polarize(
     batch_size: int = 4,
     seed: int = 0,
     text_column: str | None = None,
+    lines: bool = False,
     memory_limit: int = MEMORY_LIMIT,
     held_out: list[Batch] | None = None,
     keep_layer_losses: bool = False,
@@ -65,6 +67,8 @@ def polarize(
         batch_size (`int`, defaults to 4): windows per batch.
         seed (`int`, defaults to 0): of the text for `"self"`; everything else is deterministic.
         text_column (`str`, *optional*): of a data set; the first column of strings if left out.
+        lines (`bool`, defaults to `False`): each line of a text, or row of a data set, is an input of its own, cut to
+            `window`: for encoders of sentences. Windows per batch and held out then mean as many tokens.
         memory_limit (`int`, defaults to 2 GiB): bytes of covariances at a time. More passes if it is small.
         held_out (`list`, *optional*): batches to choose by, where `closed_form` leaves a choice; kept back from the
             data if left out.
@@ -90,11 +94,12 @@ def polarize(
     held_back = held_out or []
     try:
         batches = calibration_batches(
-            plan.original, data, processor, window, max_tokens, batch_size, seed, text_column
+            plan.original, data, processor, window, max_tokens, batch_size, seed, text_column, lines
         )
         if closed_form.chooses:
             if not held_back:
-                batches, held_back = hold_out(batches, closed_form.held_out)
+                per_window = lines_per_window(batches, window) if lines else 1
+                batches, held_back = hold_out(batches, closed_form.held_out * per_window)
             yardstick = HeldOut(plan.original, held_back)
         statistics = layer_statistics(
             plan.original, batches, {name: plan.layers[name] for name in plan.ranks}, memory_limit,

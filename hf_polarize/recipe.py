@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from .configuration import ClosedForm, PolarizeConfig, SurrogateConfig
-from .data import SELF, read_texts
+from .data import read_texts
+from .self_text import SELF
 from .training import PARTS
 
 PYTHON_DOCS = "python-docs"
@@ -97,6 +98,11 @@ class Recipe:
     )
     window: int = _key(384, "tokens per calibration window")
     batch_size: int = _key(4, "windows per batch")
+    lines: bool = _key(
+        False,
+        "each line of a text (or row of its column) is an input of its own, to calibrate, train and measure an "
+        "encoder of sentences by; counts of windows mean lines that hold as many tokens",
+    )
     seed: int = _key(0, "of calibration text that the model writes")
 
     train: list[str] | None = _key(
@@ -114,10 +120,7 @@ class Recipe:
     evaluation: str = _key(PYTHON_DOCS, "held-out data, never the calibration data; the same forms, without " + SELF)
     evaluation_column: str | None = _key(None, "text column of an evaluation data set")
     evaluation_window: int = _key(512, "tokens per evaluation window")
-    evaluation_windows: int = _key(24, "evaluation windows, images or lines, spread evenly")
-    evaluation_lines: bool = _key(
-        False, "each line (or row of the column) is an input of its own: measure an encoder's sentence embeddings"
-    )
+    evaluation_windows: int = _key(24, "evaluation windows, images or (with lines) lines, spread evenly")
 
     compare_methods: list[str] = _key(list(COMPARED), "of hf-polarize compare, which measures them side by side")
     compare_ranks: list[int] = _key([2, 4, 8, 16, 32], "ranks of its curve")

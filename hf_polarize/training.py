@@ -15,7 +15,6 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .backbone import backbone_layers
 from .compensation import LayerLoss
-from .data import bfloat16_is_fast
 from .distillation import (
     HIDDEN,
     INDICES,
@@ -25,10 +24,12 @@ from .distillation import (
     divergence,
     divergence_of_top,
     hidden_distance,
+    padded_batch,
     shared_head,
     teacher_outputs,
 )
 from .formats import BackboneLinear4bit
+from .models import bfloat16_is_fast
 from .surrogate import core_model, factors
 
 PARTS = ("surrogate", "scales", "norms", "biases")
@@ -108,7 +109,8 @@ class PolarizeTrainer(Trainer):
     The original's part comes with the data (see [`~hf_polarize.distillation.teacher_dataset`]), so it need not be in
     memory; or give it as `original` and train on any data set of model inputs. `eval_loss` is the first two terms on
     the evaluation data: with `EarlyStoppingCallback` and `load_best_model_at_end` training ends before it overfits.
-    Dropout is off, as it was for the original.
+    Dropout is off, as it was for the original. Samples may differ in length: they are padded (see
+    [`~hf_polarize.distillation.padded_batch`]), and padding does not count in the loss.
     All else is Trainer's own: accumulation, precision, resuming, `report_to`, processes.
 
     Args:
@@ -144,6 +146,7 @@ class PolarizeTrainer(Trainer):
         self.layer_losses = dict(layer_losses or {})
         self.rates = {**RATES, **(rates or {})}
         args.remove_unused_columns = False
+        kwargs.setdefault("data_collator", padded_batch)
         super().__init__(model, args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean over windows of one size
         self.label_names: list[str] = []
@@ -188,8 +191,14 @@ class PolarizeTrainer(Trainer):
                     "the data holds no outputs of the original model: make it with teacher_dataset(original, "
                     "batches), or give PolarizeTrainer the original"
                 )
-            theirs = teacher_outputs(self.original, inputs, top_k=None if head is not None else TOP_K)
-            teacher = {key: value.to(self.args.device) for key, value in theirs.items()}
+            made = teacher_outputs(self.original, inputs, top_k=None if head is not None else TOP_K)
+            teacher = {key: value.to(self.args.device) for key, value in made.items()}
+        mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
+
+        def tokens(values: torch.Tensor) -> torch.Tensor:
+            real = mask if mask is not None and mask.shape == values.shape[:2] else None
+            return values.flatten(0, -2) if real is None else values[real.bool()]
+
         with final_states(core) as states:
             few_logits = {"logits_to_keep": 1, "use_cache": False} if head is not None and HIDDEN in teacher else {}
             outputs = model(**inputs, **few_logits)
@@ -199,16 +208,17 @@ class PolarizeTrainer(Trainer):
                 "logits: make the data with teacher_dataset(original, batches, top_k=128)"
             )
         if head is not None and HIDDEN in teacher:
-            hidden, theirs = states[-1].flatten(0, -2), teacher[HIDDEN].flatten(0, -2).to(states[-1].device)
-            loss = self.weights["kl"] * divergence(hidden, theirs, head)
+            ours, theirs = tokens(states[-1]), tokens(teacher[HIDDEN]).to(states[-1].device)
+            loss = self.weights["kl"] * divergence(ours, theirs, head)
             if self.weights["hidden"]:
-                loss = loss + self.weights["hidden"] * hidden_distance(hidden, theirs)
+                loss = loss + self.weights["hidden"] * hidden_distance(ours, theirs)
         elif HIDDEN in teacher:
-            loss = self.weights["kl"] * hidden_distance(outputs.last_hidden_state, teacher[HIDDEN])
+            loss = self.weights["kl"] * hidden_distance(tokens(outputs.last_hidden_state), tokens(teacher[HIDDEN]))
         else:
             logits = outputs.logits if outputs.logits.dim() == 3 else outputs.logits[:, None]
-            top, indices = teacher[TOP].flatten(0, 1), teacher[INDICES].flatten(0, 1)
-            loss = self.weights["kl"] * divergence_of_top(logits.flatten(0, 1), top, indices)
+            loss = self.weights["kl"] * divergence_of_top(
+                tokens(logits), tokens(teacher[TOP]), tokens(teacher[INDICES])
+            )
         if self.weights["layer"] and model.training:
             pairs = factors(core)
             loss = loss + self.weights["layer"] * sum(

@@ -81,6 +81,25 @@ def test_a_run_of_another_kind(family, recipe, tokenizer, tmp_path):
         assert (metrics["polarized"]["kl"] is None) == (family == "bert") == ("1 - cosine" in metrics["protocol"])
 
 
+def test_lines_are_samples_from_calibration_to_report(recipe, tokenizer, tmp_path):
+    tiny_model("bert").save_pretrained(tmp_path / "model")
+    options = [
+        "model_class=AutoModel",
+        "lines=true",
+        "window=32",
+        "held_out=1",
+        "train=[surrogate]",
+        "train_tokens=256",
+    ]
+    assert main(["run", str(recipe), *options, "train_batch_size=2", "evaluation_windows=7"]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert metrics["polarized"]["loss"] < metrics["backbone"]["loss"]
+    assert "distance of the embedding of each of 7 lines" in metrics["protocol"]
+    provenance = json.loads((tmp_path / "out" / "polarize_config.json").read_text())["provenance"]
+    assert provenance["calibration"]["samples"] > provenance["calibration"]["tokens"] / 32
+    assert provenance["training"]["samples"] > 256 / 32
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

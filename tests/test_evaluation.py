@@ -7,7 +7,7 @@ import torch
 from conftest import TEXT, VOCABULARY, tiny_inputs, tiny_model
 
 from hf_polarize import backbone_only, polarize
-from hf_polarize.data import _Sample, is_causal_lm, line_batches, read_texts, self_windows, token_windows
+from hf_polarize.data import line_batches, read_texts, token_windows
 from hf_polarize.evaluation import (
     GapRecovered,
     Quality,
@@ -17,6 +17,8 @@ from hf_polarize.evaluation import (
     output_distance,
     reference_states,
 )
+from hf_polarize.models import is_causal_lm
+from hf_polarize.self_text import _Sample, self_windows
 
 
 @pytest.fixture(scope="module", params=["llama-tied", "gpt2"])
@@ -90,21 +92,45 @@ def test_models_without_tokens_to_predict_are_compared_by_their_outputs():
     assert not is_causal_lm(original) and is_causal_lm(tiny_model("gpt2"))
 
 
-def test_embeddings_of_sentences_are_compared_without_their_padding(tokenizer):
+LINES = ["The old cat counts 3 sheep.", "The new dog", "dog counts 7 stars. The old dog", "", "cat"]
+
+
+def test_embeddings_of_sentences_are_those_of_each_alone(tokenizer):
     original, other = tiny_model("bert"), tiny_model("bert", seed=1)
-    lines = ["The old cat counts 3 sheep.", "The new dog", "dog counts 7 stars. The old dog", "", "cat"]
-    batches = line_batches(["\n".join(lines)], tokenizer, 100, 3)
-    assert [len(batch["input_ids"]) for batch in batches] == [3, 1]
+    batches = line_batches(original, ["\n".join(LINES)], tokenizer, 512, 64)
     quality = output_distance(model_outputs(original, batches), model_outputs(other, batches))
     expected = []
-    for line in sorted(filter(None, lines), key=len):
+    for line in filter(None, LINES):
         ids = tokenizer(line, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             p, q = (model(ids).last_hidden_state[0].mean(0) for model in (original, other))
         expected.append(1 - float(torch.cosine_similarity(p, q, dim=0)))
-    assert quality.window_losses == pytest.approx(expected, rel=1e-4)
+    assert sorted(quality.window_losses) == pytest.approx(sorted(expected), rel=1e-4)
     assert quality.loss == pytest.approx(sum(expected) / 4, rel=1e-4)
-    assert len(line_batches(["\n".join(lines)], tokenizer, 2, 3)) == 1
+
+
+def test_each_line_is_a_sample_without_padding_and_no_more_than_asked_for(tokenizer):
+    model = tiny_model("bert")
+
+    def lines(**options):
+        return line_batches(model, [*LINES, *TEXT], tokenizer, **{"window": 512, "batch_tokens": 40, **options})
+
+    every = [line for text in [*LINES, *TEXT] for line in text.splitlines() if line]
+    batches = lines()
+    rows = [row for batch in batches for row in batch["input_ids"].tolist()]
+    assert sorted(rows) == sorted(tokenizer(every)["input_ids"])
+    assert all(batch["attention_mask"].all() for batch in batches)
+    assert all(len(batch["input_ids"]) == 1 or batch["input_ids"].numel() <= 40 for batch in batches)
+    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    assert lengths != sorted(lengths)  # the first part of them is no worse a sample
+    assert sum(len(batch["input_ids"]) for batch in lines(count=3)) == 3
+    assert 30 < sum(batch["input_ids"].numel() for batch in lines(max_tokens=60)) <= 60
+    assert max(batch["input_ids"].shape[1] for batch in lines(window=5)) == 5
+    with pytest.raises(ValueError, match="max_tokens=1 holds no line of the data"):
+        lines(max_tokens=1)
+    for family in ("gpt2", "bert-mlm", "t5", "vit"):
+        with pytest.raises(ValueError, match="lines are inputs of encoders"):
+            line_batches(tiny_model(family), LINES, tokenizer, 512, 64)
 
 
 def test_windows_are_cut_from_the_text_tokenized_once_and_spread_evenly(tokenizer):

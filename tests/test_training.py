@@ -100,6 +100,30 @@ def test_the_original_is_kept_on_disk_for_every_family(family, tmp_path):
         torch.testing.assert_close(columns[TOP], log_p.gather(-1, columns[INDICES].long()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama-untied", "bert", "bert-mlm"])
+def test_samples_of_different_length_are_padded_and_padding_does_not_count(family, tmp_path):
+    model, other = tiny_model(family), tiny_model(family, seed=1)
+    batches = [
+        {"input_ids": tiny_inputs(model, n=2, seed=i)["input_ids"][:, :length]} for i, length in enumerate((5, 16))
+    ]
+    data = teacher_dataset(model, batches, tmp_path)
+    assert [len(row["input_ids"]) for row in data] == [5, 5, 16, 16]
+    polarize(other, batches, PolarizeConfig("nf4"), SurrogateConfig(r=4), PLAIN)
+    trainer = PolarizeTrainer(other, arguments(tmp_path, per_device_eval_batch_size=4))
+    found = trainer.evaluate(data)["eval_loss"]
+    alone = [  # no padding
+        PolarizeTrainer(other, arguments(tmp_path, per_device_eval_batch_size=2)).evaluate(part)["eval_loss"]
+        for part in (data.select([0, 1]), data.select([2, 3]))
+    ]
+    if family == "bert":  # relative to the mean square of the original's states, of all tokens together
+        squares = [part["teacher_hidden"][:].square().mean() for part in (data.select([0, 1]), data.select([2, 3]))]
+        expected = sum(n * loss * s for n, loss, s in zip((5, 16), alone, squares, strict=True))
+        expected = float(expected / sum(n * s for n, s in zip((5, 16), squares, strict=True)))
+    else:
+        expected = (5 * alone[0] + 16 * alone[1]) / 21
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"top_k": 16}])
 def test_distilling_brings_the_model_nearer_and_trains_surrogates_alone(tmp_path, kwargs):
     model, data, held_out = make(tmp_path, **kwargs)

@@ -1,0 +1,54 @@
+"""What kind of model it is, and how it is run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+Batch = dict[str, torch.Tensor]
+
+
+def to_model(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
+    """Move a batch to the device of a model, and images and the like to its dtype."""
+    return {
+        key: value.to(model.device, model.dtype) if value.is_floating_point() else value.to(model.device)
+        for key, value in batch.items()
+    }
+
+
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Tell whether a device multiplies bfloat16 matrices faster than float32 ones."""
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def mixed_precision(model: PreTrainedModel) -> torch.autocast:
+    """Multiply in bfloat16 inside this context, if the model is in float32 and its device is faster that way."""
+    device = torch.device(model.device)
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=model.dtype == torch.float32 and bfloat16_is_fast(device)
+    )
+
+
+def is_text_model(model: PreTrainedModel) -> bool:
+    return getattr(model, "main_input_name", "input_ids") == "input_ids"
+
+
+def is_causal_lm(model: PreTrainedModel) -> bool:
+    """Tell whether a model predicts the next token of its input: it has an output embedding and looks only back."""
+    return (
+        is_text_model(model)
+        and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        and model.get_output_embeddings() is not None
+    )
+
+
+def tokens_per_sample(model: PreTrainedModel, window: int) -> int:
+    """Return the tokens of one sample: of a text window, or the patches of an image."""
+    size, patch = getattr(model.config, "image_size", None), getattr(model.config, "patch_size", None)
+    if is_text_model(model):
+        return window
+    return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else 197
