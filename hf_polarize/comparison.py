@@ -234,7 +234,7 @@ def compare_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
 
 def _resume(path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     """Return the record of an interrupted comparison, if it is of the same recipe."""
-    free = {"overwrite", "compare_methods", "compare_ranks", "compare_tokens"}
+    free = {"overwrite", "output_dir", "compare_methods", "compare_ranks", "compare_tokens"}
     if path.is_file():
         record = read_json(path)
         changed = [key for key in recipe if key not in free and record["recipe"].get(key) != recipe[key]]

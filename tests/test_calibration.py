@@ -66,6 +66,28 @@ def test_bounded_memory_takes_more_passes_and_gives_the_same():
             torch.testing.assert_close(statistics.h, whole[name])
 
 
+@pytest.mark.parametrize("weigh_tokens", [False, True])
+def test_several_passes_with_gradients_give_the_same(weigh_tokens):
+    model = tiny_model("llama-untied")
+    layers = layers_of(model)
+    config = make_plan(model).quantizer.quantization_config
+    backbone = {name: quantize_linear(layer, config) for name, layer in layers.items()}
+
+    def statistics(limit):
+        parts = layer_statistics(
+            model, [tiny_inputs(model)], layers, limit, gradients=True, weigh_tokens=weigh_tokens, backbone=backbone
+        )
+        return list(parts)
+
+    (whole,), parts = statistics(2**40), statistics(12 * 128**2)
+    assert len(parts) > 2
+    split = {name: known for part in parts for name, known in part.items()}
+    assert set(split) == set(whole) == set(layers)
+    for name, known in whole.items():
+        assert torch.equal(split[name].h, known.h) and torch.equal(split[name].g, known.g)  # the same labels are drawn
+        assert split[name].loss == known.loss
+
+
 def test_layers_that_are_called_more_than_once_see_all_of_their_inputs():
     """ALBERT runs the same layers for every block."""
     config = AlbertConfig(
