@@ -6,13 +6,15 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from .models import Batch, is_causal_lm, is_text_model, tokens_per_sample
 from .self_text import SELF, self_windows
+
+T = TypeVar("T")
 
 CHARACTERS_PER_TOKEN = 8
 """More than a token of text has on average in any language; so much of a data set is read."""
@@ -47,7 +49,9 @@ def check_split(data: Any) -> None:
         raise ValueError(f"data is a dictionary of {sorted(data)}; choose one of them: data[{sorted(data)[0]!r}]")
 
 
-def read_texts(data: Any, text_column: str | None = None, max_characters: int | None = None) -> list[str]:
+def read_texts(
+    data: Any, text_column: str | None = None, max_characters: int | None = None, row_characters: int | None = None
+) -> list[str]:
     """
     Return the documents of a text source.
 
@@ -56,6 +60,7 @@ def read_texts(data: Any, text_column: str | None = None, max_characters: int | 
             dicts) with a column of strings.
         text_column (`str`, *optional*): of a dataset; the first column of strings if left out.
         max_characters (`int`, *optional*): of a dataset, read no more rows than give that many (see [`spread_rows`]).
+        row_characters (`int`, *optional*): of a row, no more than so many count.
 
     Raises:
         FileNotFoundError: If `data` is a path and there is no such file.
@@ -86,9 +91,11 @@ def read_texts(data: Any, text_column: str | None = None, max_characters: int | 
         column = text_column or next(iter(strings), "")
         if column not in strings:
             raise ValueError(f"no text column {text_column or ''} in the data set; it has {sorted(first)}")
-        rows = (
-            data if max_characters is None else spread_rows(data, lambda row: len(row[column] or ""), max_characters)
-        )
+
+        def counted(row: dict[str, Any]) -> int:
+            return len((row[column] or "")[:row_characters])
+
+        rows = data if max_characters is None else spread_rows(data, counted, max_characters)
         texts = [row[column] or "" for row in rows]
     else:
         raise ValueError(f"can't read text from {type(data).__name__}")
@@ -134,8 +141,7 @@ def cut(ids: torch.Tensor, window: int, count: int | None) -> torch.Tensor:
     total = len(ids) // window if window > 0 else 0
     if total < 1:
         raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {window}: give more text")
-    chosen = range(total) if count is None or count >= total else [i * total // count for i in range(count)]
-    return ids[: total * window].view(total, window)[list(chosen)]
+    return ids[: total * window].view(total, window)[spread(range(total), total if count is None else count)]
 
 
 def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
@@ -205,9 +211,12 @@ def calibration_batches(
         return split(cut(torch.tensor(ids, dtype=torch.int64), window, count), batch_size, model)
     texts = read_texts(data, text_column, max_characters=CHARACTERS_PER_TOKEN * max_tokens)
     if processor is None:
-        raise ValueError("text data needs a tokenizer: polarize(model, data, processor=tokenizer)")
+        raise ValueError(_NO_TOKENIZER)
     windows = token_windows(texts, processor, window, count, special_tokens=not is_causal_lm(model))
     return split(windows, batch_size, model)
+
+
+_NO_TOKENIZER = "text data needs a tokenizer: polarize(model, data, processor=tokenizer)"
 
 
 def line_batches(
@@ -223,7 +232,7 @@ def line_batches(
     seed: int = 0,
 ) -> list[Batch]:
     """
-    Make each line of a text, or row of a data set, an input of its own; lines of a batch are equally long, unpadded.
+    Make each line of a text, or of the rows of a data set, an input of its own; a batch holds lines of one length.
 
     Args:
         model (`PreTrainedModel`): an encoder.
@@ -232,15 +241,15 @@ def line_batches(
         window (`int`): tokens to which longer lines are cut.
         batch_tokens (`int`): tokens per batch; at least one line.
         count (`int`, *optional*): lines at most, spread evenly.
-        max_tokens (`int`, *optional*): tokens of all lines together, at most.
+        max_tokens (`int`, *optional*): tokens of all lines together, at most; each line once.
         column (`str`, *optional*): of a data set.
         seed (`int`): of the order of the batches.
 
     Returns:
-        `list[dict[str, torch.Tensor]]` with `input_ids` and an `attention_mask` of ones, both `(lines, length)`.
+        `list[dict[str, torch.Tensor]]`, unpadded: `input_ids` and an `attention_mask` of ones, both `(lines, length)`.
 
     Raises:
-        ValueError: If the model is no encoder, or `max_tokens` holds no line.
+        ValueError: If the model is no encoder, which writes no text either, or `max_tokens` holds no line.
     """
     if (
         not is_text_model(model)
@@ -253,18 +262,24 @@ def line_batches(
             "leave lines out, or take model_class: AutoModel"
         )
     if tokenizer is None:
-        raise ValueError("text data needs a tokenizer: polarize(model, data, processor=tokenizer)")
-    texts = read_texts(data, column, None if max_tokens is None else CHARACTERS_PER_TOKEN * max_tokens)
-    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+        raise ValueError(_NO_TOKENIZER)
+    if isinstance(data, str) and data == SELF:
+        raise ValueError(f'lines come from a text or a data set; {type(model).__name__} can\'t write them ("{SELF}")')
     longest = min(window, tokenizer.model_max_length)
-    rows = tokenizer(lines, truncation=True, max_length=longest)["input_ids"]
+    limit = None if max_tokens is None else CHARACTERS_PER_TOKEN * max_tokens
+    texts = read_texts(data, column, limit, CHARACTERS_PER_TOKEN * longest)
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    if count is not None:
+        lines = spread(lines, count)
+    if max_tokens is not None:
+        lines = list(dict.fromkeys(lines))  # what is held back must not be among the others
+    rows = [row for row in tokenizer(lines, truncation=True, max_length=longest)["input_ids"] if row]
     total = sum(map(len, rows))
     if max_tokens is not None and total > max_tokens:
-        count = min(len(rows) * max_tokens // total, count or len(rows))
-    if count is not None and len(rows) > count:
-        rows = [rows[i * len(rows) // count] for i in range(count)]
-    while max_tokens is not None and sum(map(len, rows)) > max_tokens:
-        rows.pop()
+        rows = spread(rows, len(rows) * max_tokens // total)
+        total = sum(map(len, rows))
+        while total > max_tokens:
+            total -= len(rows.pop())
     if not rows:
         raise ValueError(f"max_tokens={max_tokens} holds no line of the data")
     rows.sort(key=len)
@@ -276,10 +291,19 @@ def line_batches(
     return batches
 
 
-def lines_per_window(batches: Sequence[Batch], window: int) -> int:
-    """Return how many lines of some batches hold as many tokens as a window, on average."""
-    lines, tokens = (sum(size(batch["input_ids"]) for batch in batches) for size in (len, torch.numel))
-    return max(1, round(window * lines / tokens))
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """Return so many items, or all if there are fewer, spread evenly."""
+    return [items[i * len(items) // count] for i in range(count)] if count < len(items) else list(items)
+
+
+def lines_per_window(lengths: Sequence[int], window: int) -> int:
+    """Return how many lines of such lengths hold as many tokens as a window, on average."""
+    return max(1, round(window * len(lengths) / sum(lengths)))
+
+
+def lengths(batches: Sequence[Batch]) -> list[int]:
+    """Return the number of tokens of each sample."""
+    return [len(row) for batch in batches for row in batch["input_ids"]]
 
 
 def _values(row: Any) -> list[Any]:

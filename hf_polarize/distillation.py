@@ -26,6 +26,7 @@ TOP_K = 128
 """Log-probabilities that are kept of a token where hidden states don't give all of them."""
 
 HIDDEN, TOP, INDICES = "teacher_hidden", "teacher_log_probabilities", "teacher_indices"
+MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
 TEACHER_COLUMNS = (HIDDEN, TOP, INDICES)
 
 
@@ -192,21 +193,25 @@ def _feature(value: torch.Tensor, ragged: bool) -> Any:
     return {2: datasets.Array2D, 3: datasets.Array3D}[value.dim()](shape=shape, dtype=kind)
 
 
-def padded_batch(samples: Sequence[dict[str, Any]]) -> Batch:
+def padded_batch(samples: Sequence[dict[str, Any]], pad_token_id: int | None = None) -> Batch:
     """
-    Stack samples of a data set; where they differ in length, fill up with zeros that an `attention_mask` leaves out.
+    Stack samples of a data set; where they differ in length, fill them up, and say so in an `attention_mask`.
 
     Args:
         samples (`Sequence[dict[str, Any]]`): tensors, lists or numbers by name; strings are left out.
+        pad_token_id (`int`, *optional*): what ids of tokens are filled up with; everything else is with zeros.
     """
     batch: Batch = {}
     for key, first in samples[0].items():
         if isinstance(first, str) or first is None:
             continue
         values = [torch.as_tensor(sample[key]) for sample in samples]
-        batch[key] = nn.utils.rnn.pad_sequence(values, batch_first=True) if values[0].dim() else torch.stack(values)
-    if "input_ids" in batch and "attention_mask" not in batch:
-        lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-        if (lengths != lengths[0]).any():
-            batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+        if not values[0].dim():
+            batch[key] = torch.stack(values)
+            continue
+        ids = key in MASKS
+        batch[key] = nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=(pad_token_id or 0) * ids)
+        sizes = torch.tensor([len(value) for value in values])
+        if ids and MASKS[key] not in samples[0] and (sizes != sizes[0]).any():
+            batch[MASKS[key]] = (torch.arange(int(sizes.max())) < sizes[:, None]).long()
     return batch

@@ -13,7 +13,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from .checkpoint import SIDECAR, prepare_folder, save_polarized, sidecar, write_json
-from .data import calibration_batches, line_batches, lines_per_window, read_texts, split, token_windows
+from .data import calibration_batches, lengths, line_batches, lines_per_window, read_texts, split, token_windows
 from .distillation import teacher_dataset
 from .evaluation import (
     HeldOut,
@@ -25,7 +25,7 @@ from .hub import push_folder
 from .inspection import CheckpointInfo, inspect_checkpoint
 from .models import Batch, is_causal_lm, is_text_model, tokens_per_sample
 from .plan import forget_gguf, make_plan
-from .polarization import count_samples, hold_out, polarize, public_name
+from .polarization import count_samples, hold_out, parted, polarize, public_name
 from .recipe import Recipe, load_data
 from .report import markdown_report, plot_layer_errors, plot_training
 from .sensitivity import SensitivityReport
@@ -61,7 +61,8 @@ class Evaluator:
         self.original = self.held_out.original
         if not self.held_out.causal:
             measure = "KL(original || model) of the logits, in nats" if self.held_out.outputs.logits else "1 - cosine"
-            output = f"embedding of each of {count_samples(batches)} lines" if recipe.lines else "output"
+            output = "output" if self.held_out.outputs.logits or not recipe.lines else "embedding"
+            output += f" for each of {count_samples(batches)} lines" if recipe.lines else ""
             self.protocol = f"Loss is the mean distance of the {output} from the original's on `{name}`: {measure}."
 
     def measure(self, model: PreTrainedModel, desc: str) -> tuple[Quality, float]:
@@ -115,12 +116,8 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         backbone, backbone_seconds = evaluator.measure(model, "backbone alone")
     replayed = None
     if recipe.replay:
-        few = [
-            {key: value[None, i] for key, value in batch.items()}
-            for batch in held_back
-            for i in range(len(next(iter(batch.values()))))
-        ]
-        replayed = replayed_losses(model, plan, HeldOut(model, few[: recipe.replay]))
+        few = at_most(held_back, recipe.replay * tokens_per_sample(model, recipe.window), model)
+        replayed = replayed_losses(model, plan, HeldOut(model, few))
     del plan
     with tempfile.TemporaryDirectory(prefix="hf-polarize-") as scratch:
         data = held_out = None
@@ -134,6 +131,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         if gguf_file:
             provenance["weights"] = f"{gguf_file}, dequantized to {recipe.dtype}"
         provenance["calibration"]["source"] = recipe.calibration.rpartition("/")[2]
+        provenance["calibration"]["lines"] = recipe.lines
         provenance["calibration"]["held_out_samples"] = count_samples(held_back)
         save_polarized(model, folder, processor, overwrite=True)
         info = inspect_checkpoint(folder)
@@ -191,12 +189,14 @@ def closed_form(
 
 def train(recipe: Recipe, model: PreTrainedModel, data: Any, held_out: Any, scratch: str) -> dict[str, Any]:
     """Train a polarized model as a recipe says."""
-    tokens = sum(map(len, data["input_ids"])) if recipe.lines else 0
-    per_window = max(1, round(recipe.window * len(data) / tokens)) if tokens else 1
+    batch_size, micro_batch_size = recipe.train_batch_size, recipe.batch_size
+    if recipe.lines:
+        sizes = [len(ids) for ids in data["input_ids"]]
+        batch_size *= lines_per_window(sizes, recipe.window)
+        micro_batch_size = max(1, recipe.batch_size * recipe.window // max(sizes))  # as many tokens with all padding
     return distill(
         model, data, held_out, Path(scratch) / "training", train=recipe.train or ["surrogate"],
-        learning_rate=recipe.learning_rate, batch_size=recipe.train_batch_size * per_window,
-        micro_batch_size=recipe.batch_size * per_window,
+        learning_rate=recipe.learning_rate, batch_size=batch_size, micro_batch_size=micro_batch_size,
         hidden_weight=recipe.hidden_weight, layer_weight=recipe.layer_weight,
         layer_losses=model.layer_losses, patience=recipe.patience, seed=recipe.seed,
     )  # fmt: skip
@@ -243,22 +243,23 @@ def recipe_batches(
         model, calibration, processor, recipe.window, tokens + extra, recipe.batch_size, recipe.seed,
         recipe.calibration_column, recipe.lines,
     )  # fmt: skip
-    per_window = lines_per_window(batches, recipe.window) if recipe.lines else 1
+    per_window = lines_per_window(lengths(batches), recipe.window) if recipe.lines else 1
     return hold_out(batches, recipe.held_out * per_window) if choosing else (batches, [])
 
 
 def at_most(batches: list[Batch], tokens: int, model: PreTrainedModel) -> list[Batch]:
-    """Return the first samples that hold no more than so many tokens, batch by batch; at least one."""
-    taken: list[Batch] = []
-    left = tokens
-    for batch in batches:
-        first = next(iter(batch.values()))
-        size = tokens_per_sample(model, first.shape[-1])
-        count = min(len(first), max(left // size, 0 if taken else 1))
-        if not count:
-            break
-        taken.append({key: value[:count] for key, value in batch.items()})
-        left -= count * size
+    """Return samples that hold no more than so many tokens, spread evenly over the batches; at least one."""
+
+    def held(part: list[Batch]) -> int:
+        first = [next(iter(batch.values())) for batch in part]
+        return sum(len(values) * tokens_per_sample(model, values.shape[-1]) for values in first)
+
+    samples, total = count_samples(batches), held(batches)
+    if total <= tokens:
+        return batches
+    count = max(1, samples * tokens // total)
+    while held(taken := parted(batches, count)[1]) > tokens and count > 1:
+        count -= 1
     return taken
 
 

@@ -14,7 +14,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from .calibration import MEMORY_LIMIT, layer_statistics
 from .compensation import Compensation
 from .configuration import ClosedForm, PolarizeConfig, SurrogateConfig
-from .data import calibration_batches, lines_per_window
+from .data import calibration_batches, lengths, lines_per_window, spread
 from .evaluation import HeldOut
 from .models import Batch, is_text_model
 from .plan import make_plan
@@ -65,10 +65,10 @@ def polarize(
         window (`int`, defaults to 512): tokens per calibration window.
         max_tokens (`int`, defaults to 16384): calibration tokens, in whole windows spread evenly over the data.
         batch_size (`int`, defaults to 4): windows per batch.
-        seed (`int`, defaults to 0): of the text for `"self"`; everything else is deterministic.
+        seed (`int`, defaults to 0): of the text for `"self"` and of labels; everything else is deterministic.
         text_column (`str`, *optional*): of a data set; the first column of strings if left out.
-        lines (`bool`, defaults to `False`): each line of a text, or row of a data set, is an input of its own, cut to
-            `window`: for encoders of sentences. Windows per batch and held out then mean as many tokens.
+        lines (`bool`, defaults to `False`): each line of a text, or of the rows of a data set, is an input of its own,
+            cut to `window`: for encoders of sentences. Windows per batch and held out then mean as many tokens.
         memory_limit (`int`, defaults to 2 GiB): bytes of covariances at a time. More passes if it is small.
         held_out (`list`, *optional*): batches to choose by, where `closed_form` leaves a choice; kept back from the
             data if left out.
@@ -98,7 +98,7 @@ def polarize(
         )
         if closed_form.chooses:
             if not held_back:
-                per_window = lines_per_window(batches, window) if lines else 1
+                per_window = lines_per_window(lengths(batches), window) if lines else 1
                 batches, held_back = hold_out(batches, closed_form.held_out * per_window)
             yardstick = HeldOut(plan.original, held_back)
         statistics = layer_statistics(
@@ -120,6 +120,7 @@ def polarize(
                 "samples": count_samples(batches),
                 "held_out_samples": count_samples(held_back),
                 "window": window,
+                "lines": lines,
                 "seed": seed,
             },
             "seconds": round(time.monotonic() - started, 1),
@@ -158,12 +159,17 @@ def hold_out(batches: list[Batch], samples: int) -> tuple[list[Batch], list[Batc
             f"choosing on held-out data keeps {samples} samples back, and the calibration data has {total}: give "
             "more, or a smaller held_out"
         )
-    sizes = [len(next(iter(batch.values()))) for batch in batches]
-    kept = {i * total // samples for i in range(samples)}
+    return parted(batches, samples)
+
+
+def parted(batches: list[Batch], samples: int) -> tuple[list[Batch], list[Batch]]:
+    """Return batches without so many samples, spread evenly over them, and batches of these."""
+    chosen = set(spread(range(count_samples(batches)), samples))
     parts: tuple[list[Batch], list[Batch]] = ([], [])
     start = 0
-    for batch, size in zip(batches, sizes, strict=True):
-        rows = torch.tensor([start + i in kept for i in range(size)])
+    for batch in batches:
+        size = len(next(iter(batch.values())))
+        rows = torch.tensor([start + i in chosen for i in range(size)])
         for part, mask in zip(parts, (~rows, rows), strict=True):
             if mask.any():
                 part.append({key: value[mask] for key, value in batch.items()})

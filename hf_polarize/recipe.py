@@ -100,10 +100,10 @@ class Recipe:
     batch_size: int = _key(4, "windows per batch")
     lines: bool = _key(
         False,
-        "each line of a text (or row of its column) is an input of its own, to calibrate, train and measure an "
-        "encoder of sentences by; counts of windows mean lines that hold as many tokens",
+        "each line of a text, or of the rows of its column, is an input of its own, to calibrate, train and measure "
+        "an encoder of sentences by; windows to calibrate, train and choose by mean lines of as many tokens",
     )
-    seed: int = _key(0, "of calibration text that the model writes")
+    seed: int = _key(0, "of calibration text that the model writes, of labels, and of the order of data")
 
     train: list[str] | None = _key(
         None, f"what is trained after the closed form, of {', '.join(PARTS)}; null: nothing"
@@ -164,6 +164,13 @@ class Recipe:
             )
         if self.evaluation == SELF:
             raise ValueError(f'evaluation can\'t be "{SELF}": a text that the model wrote does not measure the model')
+        if self.lines and self.calibration == SELF:
+            raise ValueError(f'lines come from a text or a data set: calibration can\'t be "{SELF}"')
+        if self.lines and self.model_class not in ("AutoModel", "AutoModelForSequenceClassification"):
+            raise ValueError(
+                "lines are inputs of encoders that embed or classify sentences: model_class must be AutoModel or "
+                f"AutoModelForSequenceClassification; got {self.model_class}"
+            )
         if self.evaluation == self.calibration and not self.evaluation.startswith("hub:"):
             raise ValueError(f"evaluation and calibration are both {self.evaluation!r}: hold out other data")
         if self.push_to is not None and self.push_to.count("/") != 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +147,10 @@ class PolarizeTrainer(Trainer):
         self.layer_losses = dict(layer_losses or {})
         self.rates = {**RATES, **(rates or {})}
         args.remove_unused_columns = False
-        kwargs.setdefault("data_collator", padded_batch)
+        pad = getattr(core_model(model).config, "pad_token_id", None)
+        kwargs.setdefault("data_collator", partial(padded_batch, pad_token_id=pad))
         super().__init__(model, args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean over windows of one size
+        self.model_accepts_loss_kwargs = False  # micro-batches count alike, whatever their padding
         self.label_names: list[str] = []
         self.can_return_loss = True
 
@@ -182,7 +184,8 @@ class PolarizeTrainer(Trainer):
     ) -> Any:
         inputs = dict(inputs)
         teacher = {key: inputs.pop(key) for key in TEACHER_COLUMNS if key in inputs}
-        inputs.pop("labels", None)
+        for key in ("labels", "label", "label_ids"):
+            inputs.pop(key, None)
         core = core_model(self.accelerator.unwrap_model(model))
         head = shared_head(core)
         if not teacher:
@@ -196,8 +199,9 @@ class PolarizeTrainer(Trainer):
         mask = inputs.get("decoder_attention_mask" if "decoder_input_ids" in inputs else "attention_mask")
 
         def tokens(values: torch.Tensor) -> torch.Tensor:
-            real = mask if mask is not None and mask.shape == values.shape[:2] else None
-            return values.flatten(0, -2) if real is None else values[real.bool()]
+            if mask is None or values.shape[1] == 1:  # one output per input
+                return values.flatten(0, -2)
+            return values[mask.bool()]
 
         with final_states(core) as states:
             few_logits = {"logits_to_keep": 1, "use_cache": False} if head is not None and HIDDEN in teacher else {}

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_polarize.cli import main
 from hf_polarize.inspection import inspect_checkpoint
-from hf_polarize.pipeline import Evaluator
+from hf_polarize.pipeline import Evaluator, at_most
 from hf_polarize.report import verdict
 
 ROOT = Path(__file__).parent.parent
@@ -81,6 +81,17 @@ def test_a_run_of_another_kind(family, recipe, tokenizer, tmp_path):
         assert (metrics["polarized"]["kl"] is None) == (family == "bert") == ("1 - cosine" in metrics["protocol"])
 
 
+def test_a_part_of_the_samples_is_spread_over_all_of_them():
+    model = tiny_model("bert")
+    batches = [{"input_ids": torch.full((60 // length, length), length)} for length in (3, 5, 10, 20)]
+    taken = at_most(batches, 120, model)
+    held = {int(batch["input_ids"][0, 0]): len(batch["input_ids"]) for batch in taken}
+    assert held.keys() == {3, 5, 10, 20} and 90 <= sum(batch["input_ids"].numel() for batch in taken) <= 120
+    assert held[3] > held[5] > held[10] >= held[20]
+    assert at_most(batches, 240, model) == batches
+    assert sum(len(batch["input_ids"]) for batch in at_most(batches, 1, model)) == 1
+
+
 def test_lines_are_samples_from_calibration_to_report(recipe, tokenizer, tmp_path):
     tiny_model("bert").save_pretrained(tmp_path / "model")
     options = [
@@ -94,7 +105,7 @@ def test_lines_are_samples_from_calibration_to_report(recipe, tokenizer, tmp_pat
     assert main(["run", str(recipe), *options, "train_batch_size=2", "evaluation_windows=7"]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["polarized"]["loss"] < metrics["backbone"]["loss"]
-    assert "distance of the embedding of each of 7 lines" in metrics["protocol"]
+    assert "distance of the embedding for each of 7 lines" in metrics["protocol"]
     provenance = json.loads((tmp_path / "out" / "polarize_config.json").read_text())["provenance"]
     assert provenance["calibration"]["samples"] > provenance["calibration"]["tokens"] / 32
     assert provenance["training"]["samples"] > 256 / 32
@@ -110,6 +121,8 @@ def test_lines_are_samples_from_calibration_to_report(recipe, tokenizer, tmp_pat
         (["evaluation_window=100000"], "fewer than one window of 100000"),
         (["max_tokens=100000", "window=100000"], "fewer than one window of 100000"),
         (["push_to=nobody"], "push_to must be user/name"),
+        (["lines=true"], "model_class must be AutoModel or AutoModelForSequenceClassification"),
+        (["lines=true", "model_class=AutoModel", "calibration=self"], "lines come from a text or a data set"),
     ],
 )
 def test_what_is_wrong_ends_in_a_sentence_and_nothing_is_written(recipe, tmp_path, capsys, overrides, message):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import output, tiny_inputs, tiny_model
-from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, LlamaForSequenceClassification, TrainingArguments
 
 from hf_polarize import PolarizeConfig, SurrogateConfig, polarize, save_polarized
 from hf_polarize.backbone import backbone_layers
@@ -100,11 +100,13 @@ def test_the_original_is_kept_on_disk_for_every_family(family, tmp_path):
         torch.testing.assert_close(columns[TOP], log_p.gather(-1, columns[INDICES].long()), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama-untied", "bert", "bert-mlm"])
+@pytest.mark.parametrize("family", ["llama-untied", "bert", "bert-mlm", "t5"])
 def test_samples_of_different_length_are_padded_and_padding_does_not_count(family, tmp_path):
     model, other = tiny_model(family), tiny_model(family, seed=1)
+    both = ("input_ids", "decoder_input_ids") if family == "t5" else ("input_ids",)
     batches = [
-        {"input_ids": tiny_inputs(model, n=2, seed=i)["input_ids"][:, :length]} for i, length in enumerate((5, 16))
+        {key: tiny_inputs(model, n=2, seed=i)["input_ids"][:, :length] for key in both}
+        for i, length in enumerate((5, 16))
     ]
     data = teacher_dataset(model, batches, tmp_path)
     assert [len(row["input_ids"]) for row in data] == [5, 5, 16, 16]
@@ -122,6 +124,22 @@ def test_samples_of_different_length_are_padded_and_padding_does_not_count(famil
     else:
         expected = (5 * alone[0] + 16 * alone[1]) / 21
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_classifier_that_looks_for_its_padding_finds_it(tmp_path):
+    config = tiny_model("llama-untied").config
+    config.update({"pad_token_id": 7, "num_labels": 3})
+    model = LlamaForSequenceClassification(config).eval()
+    model.score.weight.data.mul_(100)  # else the losses are of the size of rounding
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(8, 60, (2, length), generator=generator)} for length in (5, 16)]
+    data = teacher_dataset(model, batches, tmp_path).add_column("label", [0, 1, 2, 0])
+    polarize(model, batches, surrogate=SurrogateConfig(r=4), closed_form=PLAIN)
+    together, *alone = (
+        PolarizeTrainer(model, arguments(tmp_path, per_device_eval_batch_size=4)).evaluate(part)["eval_loss"]
+        for part in (data, data.select([0, 1]), data.select([2, 3]))
+    )
+    assert together == pytest.approx(sum(alone) / 2, rel=1e-4)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"top_k": 16}])
