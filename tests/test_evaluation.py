@@ -127,9 +127,7 @@ def test_each_line_is_a_sample_without_padding_and_no_more_than_asked_for(tokeni
     assert sum(len(batch["input_ids"]) for batch in lines(count=3)) == 3
     assert 30 < sum(batch["input_ids"].numel() for batch in lines(max_tokens=60)) <= 60
     assert max(batch["input_ids"].shape[1] for batch in lines(window=5)) == 5
-    rows = Dataset.from_dict({"text": ["cat " * 400] * 40})  # of each, 5 tokens count
-    assert sum(len(b["input_ids"]) for b in line_batches(model, rows, tokenizer, 5, 40, count=30)) == 30
-    rows = Dataset.from_dict({"text": [f"cat {i} " * 400 for i in range(40)]})
+    rows = Dataset.from_dict({"text": [f"cat {i} " * 400 for i in range(40)]})  # of each, 5 tokens count
     assert sum(b["input_ids"].numel() for b in line_batches(model, rows, tokenizer, 5, 40, max_tokens=100)) > 80
     with pytest.raises(ValueError, match="BertModel can't write them"):
         line_batches(model, "self", tokenizer, 512, 64)
