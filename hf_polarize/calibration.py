@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,7 @@ from transformers.utils import logging
 
 from .backbone import weight_matrix
 from .formats import BackboneLayer
-from .models import Batch, bfloat16_is_fast, mixed_precision, to_model
-from .self_text import draw
+from .models import Batch, bfloat16_is_fast, gradients_of_inputs, mixed_precision, to_model
 
 logger = logging.get_logger(__name__)
 
@@ -332,7 +331,7 @@ def _gradient_sums(
     generator = torch.Generator().manual_seed(seed)
     handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()] if samples else []
     try:
-        with torch.enable_grad(), _gradients_of_inputs(model):
+        with torch.enable_grad(), gradients_of_inputs(model):
             for sample in samples:
                 arguments = to_model(sample, model)
                 samples_now = len(next(iter(sample.values())))
@@ -340,7 +339,7 @@ def _gradient_sums(
                     if value.is_floating_point():
                         value.requires_grad_(True)
                 with mixed_precision(model):
-                    loss, count = _sampled_loss(model(**arguments), generator)
+                    loss, count = _random_score(model(**arguments), generator)
                 torch.autograd.backward(loss)  # outside: sums are in float32
                 for one in sums.values():
                     one.end_batch()
@@ -364,36 +363,21 @@ def _check_finite(name: str, covariance: torch.Tensor, model: PreTrainedModel) -
         )
 
 
-def _sampled_loss(output: Any, generator: torch.Generator) -> tuple[torch.Tensor, int]:
+def _random_score(output: Any, generator: torch.Generator) -> tuple[torch.Tensor, int]:
     """
-    Return -log p(y) summed over predictions, y drawn from the model's own p(y), and the number of predictions.
+    Return a sum over predictions whose gradient has the Fisher information for its covariance, and their number.
 
-    A model without logits counts as a normal distribution of unit variance around its normalized hidden states, for
-    which an expected -log p of 1/2 |error|^2 is 1 - cosine.
+    Towards the logits that is diag(p) - p p^T, which z = -log p(y), y drawn from p, has as well. Here it is the
+    gradient v - p sum(v) with v_k = +-sqrt(p_k), signs at random: it varies less from token to token, where a rare y
+    gives a large gradient by chance. A model without logits counts as a normal distribution of unit variance around
+    its normalized hidden states, for which an expected -log p of 1/2 |error|^2 is 1 - cosine.
     """
     if "logits" in output:
         logits = output.logits.float().flatten(0, -2)
-        labels = draw(logits.detach(), generator)[:, 0]
-        return F.cross_entropy(logits, labels, reduction="sum"), len(labels)
+        p = logits.detach().softmax(-1)
+        signs = torch.empty(p.shape, dtype=torch.int8).random_(0, 2, generator=generator).to(p.device)
+        v = p.sqrt() * signs.mul_(2).sub_(1)
+        return (logits * (v - p * v.sum(-1, keepdim=True))).sum(), len(logits)
     states = F.normalize(output.last_hidden_state.float().flatten(0, -2), dim=-1)
     noise = torch.randn(states.shape, generator=generator).to(states.device)
     return (states * noise).sum(), len(states)
-
-
-@contextmanager
-def _gradients_of_inputs(model: PreTrainedModel) -> Iterator[None]:
-    """Let gradients flow through a model from its embeddings on, to no parameter."""
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = []
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            handles.append(module.register_forward_hook(lambda module, args, output: output.requires_grad_(True)))
-    for parameter in asked:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asked:
-            parameter.requires_grad_(True)
-        for handle in handles:
-            handle.remove()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 Batch = dict[str, torch.Tensor]
@@ -52,3 +55,22 @@ def tokens_per_sample(model: PreTrainedModel, window: int) -> int:
     if is_text_model(model):
         return window
     return (size // patch) ** 2 + 1 if isinstance(size, int) and isinstance(patch, int) else 197
+
+
+@contextmanager
+def gradients_of_inputs(model: PreTrainedModel) -> Iterator[None]:
+    """Let gradients flow through a model from its embeddings on, to no parameter."""
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handles = []
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            handles.append(module.register_forward_hook(lambda module, args, output: output.requires_grad_(True)))
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)
+        for handle in handles:
+            handle.remove()

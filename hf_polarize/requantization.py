@@ -20,11 +20,17 @@ from .formats import BackboneLayer
 TILE = 64
 """Rows and columns that are rounded before their errors reach all later ones in one product."""
 
-SEARCHED = (0.9,)
+SEARCHED = (0.9, -0.9, -1.0)
 """
 Scales that are tried for a block before the first round, as multiples of the format's own. The rounds refit them; with
 31 tries from 0.6 to 1.05, fifteen layers of SmolLM2 ended with 2 % more squared error, in nearly twice the time.
+
+A negative scale turns a codebook over, which is worth a bit where it is not symmetric: NF4 has eight levels above zero
+and seven below. Ten layers of SmolLM2 ended with 5 % less predicted loss.
 """
+
+SWEEPS = 2
+"""Times that [`descend`] goes over a weight: the first took 4 % of the predicted loss of those layers, both 5 %."""
 
 
 def spread(scales: torch.Tensor, shape: torch.Size, block_size: int) -> torch.Tensor:
@@ -172,13 +178,93 @@ def round_with_feedback(
             _round_tile(top, bottom, start, stop, *arrays)
             w[top:bottom, stop:].addmm_(errors[top:bottom, start:stop], upper[start:stop, stop:], alpha=-1)
 
-    threads = 1 if len(rows) else torch.get_num_threads()  # rows that know nothing of each other go side by side
-    height = TILE if len(rows) else -(-len(w) // threads)
+    threads, height = _bands(len(w), outputs is None)
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(band, range(0, len(w), height), itertools.repeat(height)))
     result = torch.empty_like(codes, device=device)
     result[picked] = codes.to(device)
     return result
+
+
+@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+def _descend_tile(top, bottom, rows, h, s, levels, middles, codes, pull, moved):  # type: ignore[no-untyped-def]
+    """
+    Give each value of a tile of whole rows the level that is best as long as all others stay as they are.
+
+    `pull` is G X H of the tile as it was when the tile began, `moved` what has been added to X H since.
+    """
+    for i in range(top, bottom):
+        row = i - top
+        own = rows[row, i] if len(rows) else 1.0
+        for k in range(row if len(rows) else 0):
+            for j in range(h.shape[0]):
+                pull[row, j] += rows[row, top + k] * moved[k, j]
+        for j in range(h.shape[0]):
+            level = levels[codes[i, j]]
+            wanted = (pull[row, j] + own * moved[row, j]) / (own * h[j, j])
+            code = np.searchsorted(middles, level + wanted / s[i, j])
+            if code != codes[i, j]:
+                step = (levels[code] - level) * s[i, j]
+                codes[i, j] = code
+                for k in range(h.shape[0]):
+                    moved[row, k] -= step * h[j, k]
+
+
+def descend(
+    weight: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    levels: torch.Tensor,
+    inputs: Covariance,
+    outputs: Covariance | None = None,
+) -> torch.Tensor:
+    """
+    Improve codes one at a time: cyclic coordinate descent on tr(G X H X^T), X = W - Q.
+
+    A change of q_ij by d changes it by -2 d (G X H)_ij + d^2 G_ii H_jj, so the best level is the one nearest to
+    q_ij + (G X H)_ij / (G_ii H_jj) (QuantEase, arXiv 2309.01885, section 3, there without G). It never gets worse.
+    It goes over the weight `SWEEPS` times, row by row, on a CPU.
+
+    Args:
+        weight (`torch.Tensor` of shape `(out, in)`): float32.
+        codes (`torch.Tensor` of shape `(out, in)`): indices of levels, for instance of [`round_with_feedback`].
+        scales (`torch.Tensor` of shape `(out, in)`): of every weight, see [`spread`].
+        levels (`torch.Tensor`): ascending, of the format, in -1..1.
+        inputs ([`Covariance`]): H.
+        outputs ([`Covariance`], *optional*): G.
+
+    Returns:
+        `torch.Tensor` of shape `(out, in)`: indices of levels.
+    """
+    device = weight.device
+    w, s, levels, h = (
+        tensor.to("cpu", torch.float32).contiguous()
+        for tensor in (weight, torch.where(scales == 0, 1.0, scales), levels, inputs.matrix)
+    )
+    g = torch.empty(0, 0) if outputs is None else outputs.matrix.to("cpu", torch.float32)
+    codes = codes.to("cpu", copy=True).contiguous()
+    seen = (w - levels[codes] * s) @ h  # X H
+    arrays = [tensor.numpy() for tensor in (h, s, levels, (levels[1:] + levels[:-1]) / 2, codes)]  # the same memory
+
+    def band(top: int, height: int) -> None:
+        bottom = min(top + height, len(w))
+        rows = g[top:bottom].contiguous()
+        pull = rows @ seen if len(rows) else seen[top:bottom].clone()
+        moved = torch.zeros_like(pull)
+        _descend_tile(top, bottom, rows.numpy(), *arrays, pull.numpy(), moved.numpy())
+        seen[top:bottom] += moved
+
+    threads, height = _bands(len(w), outputs is None)
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(SWEEPS):
+            list(pool.map(band, range(0, len(w), height), itertools.repeat(height)))
+    return codes.to(device)
+
+
+def _bands(rows: int, independent: bool) -> tuple[int, int]:
+    """Return how many threads work on bands of rows, and how many rows a band has."""
+    threads = torch.get_num_threads() if independent else 1  # rows that know nothing of each other go side by side
+    return threads, -(-rows // threads) if independent else TILE
 
 
 def refit_scales(
@@ -231,7 +317,7 @@ def requantize(
     Give a backbone layer the codes and scales that suit a rank-r path beside it, and the path that suits them.
 
     Coordinate descent on tr((W - Q - B A) H (W - Q - B A)^T): scales by [`search_scales`], then in each round the
-    codes of W - B A by [`round_with_feedback`], the scales by [`refit_scales`], and B A by
+    codes of W - B A by [`round_with_feedback`] and [`descend`], the scales by [`refit_scales`], and B A by
     [`~hf_polarize.compensation.leading_path`]. The best iterate is kept, and nothing is written if that is the layer
     as it was. With G the codes, the paths and the choice of the iterate go by tr(G X H X^T); scales, row by row, by H
     alone. Everything is evaluated on the values as they are stored, double quantization included. A layer whose rows
@@ -262,7 +348,9 @@ def requantize(
     path, least = left(layer.dequantized())
     best = None
     if scale_search:
-        candidates = torch.stack([layer.storable(scales * factor) for factor in SEARCHED])
+        symmetric = torch.equal(levels, -levels.flip(0))
+        tried = [factor for factor in SEARCHED if factor > 0 or not symmetric]
+        candidates = torch.stack([layer.storable(scales * factor) for factor in tried])
         searched = search_scales(w, scales, candidates, levels, block, inputs.matrix.diagonal())
         codes = nearest(w / spread(torch.where(searched == 0, 1.0, searched), w.shape, block), levels)
         new_path, remaining = left(levels[codes] * spread(searched, w.shape, block))
@@ -270,7 +358,9 @@ def requantize(
             least, best, path, scales = remaining, (codes, searched), new_path, searched
     for _ in range(rounds):
         target = w - path
-        codes = round_with_feedback(target, spread(scales, w.shape, block), levels, inputs, outputs)
+        each = spread(scales, w.shape, block)
+        codes = round_with_feedback(target, each, levels, inputs, outputs)
+        codes = descend(target, codes, each, levels, inputs, outputs)
         units = levels[codes]
         if scale_search:
             scales = layer.storable(refit_scales(target, units, scales, inputs.matrix, block))
