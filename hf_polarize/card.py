@@ -137,8 +137,10 @@ def _provenance(provenance: dict[str, Any]) -> str:
     amount = (
         f"{calibration.get('tokens')} tokens" if calibration.get("tokens") else f"{calibration.get('samples')} samples"
     )
-    source = calibration.get("source")
-    text = "text that the original model wrote itself" if source == "self" else f"`{source}`"
+    text = " and ".join(
+        "text that the original model wrote itself" if source == "self" else f"`{source}`"
+        for source in str(calibration.get("source")).split(" + ")
+    )
     weights = f"The original's weights are those of {provenance['weights']}. " if "weights" in provenance else ""
     return (
         f"{weights}Calibrated on {amount} of {text} (seed {calibration.get('seed')}); {provenance.get('method')}; "

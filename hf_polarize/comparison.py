@@ -155,7 +155,7 @@ def compare_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     check_methods(methods)
     folder = Path(recipe.output_dir)
     prepare_folder(folder, recipe.overwrite or (folder / "comparison.json").is_file())
-    calibration, evaluation = load_data(recipe.calibration), load_data(recipe.evaluation)
+    calibration, evaluation = [load_data(name) for name in recipe.sources], load_data(recipe.evaluation)
     wanted = {recipe.max_tokens: list(dict.fromkeys([recipe.r, *recipe.compare_ranks]))}
     if min(recipe.compare_ranks, default=1) < 1:
         raise ValueError(f"compare_ranks must be at least 1; got {recipe.compare_ranks}")
@@ -283,7 +283,7 @@ def write_comparison(folder: Path, record: dict[str, Any], recipe: Recipe, proto
 {table}
 
 ± is one standard error of the paired difference to the backbone alone, over windows. {protocol} Calibrated on at most
-{tokens} tokens of {recipe.calibration.rpartition("/")[2]}{trained}. All methods run as quantized layers with a path
+{tokens} tokens of {recipe.calibration_name}{trained}. All methods run as quantized layers with a path
 beside each.
 
 {chr(10).join(pictures)}

