@@ -136,10 +136,13 @@ def leading_path(error: torch.Tensor, root: torch.Tensor, rank: int) -> tuple[to
     """
     seen = error @ root
     size = min(rank + OVERSAMPLED, *seen.shape)
-    with torch.random.fork_rng(devices=[error.device] if error.is_cuda else []):
-        torch.manual_seed(0)
-        u, values, _ = torch.svd_lowrank(seen, size, niter=ITERATIONS)
-    u = u[:, :rank]
+    generator = torch.Generator(seen.device).manual_seed(0)
+    q = seen @ torch.randn(seen.shape[1], size, generator=generator, device=seen.device)
+    for _ in range(ITERATIONS):
+        q = seen @ torch.linalg.qr(seen.T @ torch.linalg.qr(q).Q).Q
+    q = torch.linalg.qr(q).Q
+    u, values, _ = torch.linalg.svd(q.T @ seen, full_matrices=False)
+    u = q @ u[:, :rank]
     left = float(seen.square().sum(dtype=torch.float64) - values[:rank].square().sum(dtype=torch.float64))
     return u @ (u.T @ error), max(left, 0.0)
 

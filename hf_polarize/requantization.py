@@ -29,8 +29,8 @@ A negative scale turns a codebook over, which is worth a bit where it is not sym
 and seven below. Ten layers of SmolLM2 ended with 5 % less predicted loss.
 """
 
-SWEEPS = 2
-"""Times that [`descend`] goes over a weight: the first took 4 % of the predicted loss of those layers, both 5 %."""
+SWEEPS = 3
+"""Times that [`descend`] goes over a weight; the first took 4 % of those layers' predicted loss, the second 1.5 %."""
 
 
 def spread(scales: torch.Tensor, shape: torch.Size, block_size: int) -> torch.Tensor:

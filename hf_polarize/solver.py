@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -22,6 +23,9 @@ from .sensitivity import SensitivityReport, allocate_ranks
 from .surrogate import SURROGATE, attach_surrogates, factors
 
 logger = logging.get_logger(__name__)
+
+SIDE_BY_SIDE = 4
+"""Layers that are solved at a time on a CPU, at most: of the solver's steps, few can use several threads."""
 
 
 @dataclasses.dataclass
@@ -50,6 +54,7 @@ def solve(
     targets = {name: plan.layers[name] for name in plan.ranks}
     largest = solved_ranks(plan, closed_form)
 
+    @torch.no_grad()  # holds for one thread
     def finish(name: str, known: Statistics, inputs: Covariance) -> None:
         weight, layer, rank = weight_matrix(plan.layers[name]).detach(), plan.backbone[name], plan.ranks[name]
         h = inputs.matrix
@@ -69,23 +74,40 @@ def solve(
             found.two_sided[name] = compensate(weight, error, h, largest[name], g, two_sided=True)
         if keep_losses and g is not None:
             found.losses[name] = LayerLoss(error, h, g)
-        bar.update()
+
+    def finish_all(part: Mapping[str, Statistics]) -> None:
+        jobs, last = list[tuple[str, Statistics, Covariance]](), None
+        for name, known in part.items():
+            if name in targets:
+                if known.h is not last:
+                    last, inputs = known.h, Covariance(damped(known.h))
+                jobs.append((name, known, inputs))
+        with _workers(plan.original.device) as pool:
+            for _ in pool.map(lambda job: finish(*job), jobs):
+                bar.update()
 
     plan.quantized()
     with logging.tqdm(total=len(targets), desc="solving", unit="layer") as bar:
         for part in statistics:
-            last = None
-            for name, known in part.items():
-                if name not in targets:
-                    continue
-                if known.h is not last:
-                    last, inputs = known.h, Covariance(damped(known.h))
-                finish(name, known, inputs)
-        for name in set(targets) - set(found.one_sided):  # those that no token reached
-            known = Statistics.unseen(targets[name])
-            finish(name, known, Covariance(damped(known.h)))
-    found.one_sided = {name: found.one_sided[name] for name in targets}
+            finish_all(part)
+        finish_all({name: Statistics.unseen(targets[name]) for name in targets if name not in found.one_sided})
+    for item in dataclasses.fields(found):  # in the order of the model, whichever was ready first
+        values = getattr(found, item.name)
+        setattr(found, item.name, {name: values[name] for name in targets if name in values})
     return found
+
+
+@contextmanager
+def _workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Share the threads of a CPU between layers that are solved side by side inside this context."""
+    threads = torch.get_num_threads()
+    count = min(threads, SIDE_BY_SIDE) if device.type == "cpu" else 1
+    torch.set_num_threads(threads // count)
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclasses.dataclass

@@ -192,6 +192,15 @@ def test_polarize_reads_every_kind_of_data(form, tokenizer, tmp_path):
     assert str(tmp_path) not in str(model.polarization)
 
 
+def test_polarize_takes_lines_as_samples(tokenizer):
+    model = polarize(tiny_model("bert"), TEXT, processor=tokenizer, window=16, max_tokens=256, lines=True)
+    calibration = model.polarization["provenance"]["calibration"]
+    assert calibration["lines"] and 200 < calibration["tokens"] <= 256
+    assert calibration["samples"] != calibration["tokens"] / 16
+    with pytest.raises(ValueError, match="lines are inputs of encoders"):
+        polarize(tiny_model("llama-tied"), TEXT, processor=tokenizer, window=16, max_tokens=256, lines=True)
+
+
 @pytest.mark.parametrize("column", ["pixel_values", "image"])
 def test_a_vision_model_is_calibrated_on_images(column):
     from datasets import Dataset, Features, Image
