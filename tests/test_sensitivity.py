@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 from conftest import tiny_inputs, tiny_model
+from transformers.modeling_outputs import CausalLMOutput
 
 from hf_polarize import PolarizeConfig, SurrogateConfig, polarize
-from hf_polarize.calibration import layer_statistics
+from hf_polarize.calibration import _random_score, layer_statistics
 from hf_polarize.configuration import ClosedForm
 from hf_polarize.data import calibration_batches
 from hf_polarize.evaluation import HeldOut
@@ -18,6 +19,36 @@ from hf_polarize.recipe import Recipe, load_data
 from hf_polarize.sensitivity import LayerSensitivity, SensitivityReport, allocate_ranks
 from hf_polarize.solver import replayed_losses
 from hf_polarize.surrogate import factors
+
+
+def test_random_scores_have_the_fisher_information_of_the_logits_for_covariance():
+    p = torch.tensor([0.6, 0.25, 0.1, 0.05, 0.0], dtype=torch.float64)
+    logits = p.log().float().clamp(min=-50).expand(4, 50_000, 5).clone().requires_grad_()
+    score, count = _random_score(CausalLMOutput(logits=logits), torch.Generator().manual_seed(0))
+    score.backward()
+    gradients = logits.grad.flatten(0, 1).double()
+    assert count == len(gradients) == 200_000
+    # five standard errors of a mean of products of values below 1
+    torch.testing.assert_close(gradients.T @ gradients / count, p.diag() - p[:, None] * p, rtol=0, atol=5 / count**0.5)
+    assert gradients.sum(1).abs().max() < 1e-6
+
+
+def test_layers_solved_side_by_side_give_the_same_every_time():
+    threads = torch.get_num_threads()
+    closed_form = ClosedForm(two_sided=True, allocation="sensitivity", held_out=4)
+    results = []
+    torch.set_num_threads(max(2, threads))
+    try:
+        for _ in range(2):
+            model = tiny_model("llama-untied")
+            polarize(model, [tiny_inputs(model, n=12)], surrogate=SurrogateConfig(r=4), closed_form=closed_form)
+            results.append((model.state_dict(), [layer.name for layer in model.sensitivity.layers]))
+        assert torch.get_num_threads() == max(2, threads)
+    finally:
+        torch.set_num_threads(threads)
+    (first, names), (second, others) = results
+    assert names == others
+    assert first.keys() == second.keys() and all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 def layers(seed, count=4, paths=3):
