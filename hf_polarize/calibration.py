@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -91,10 +92,11 @@ class Statistics:
         h (`torch.Tensor` of shape `(in_features, in_features)`):
             H = E[x x^T] over tokens, float32; or with weights, sum ||g|| x x^T / sum ||g||.
         g (`torch.Tensor` of shape `(out_features, out_features)`, *optional*):
-            G = sum over tokens of g g^T / number of predictions, float32, where g is the gradient of the negative
-            log-likelihood, in nats, with respect to the layer's output, for labels that the model itself samples: the
-            output side of the true Fisher information (K-FAC, arXiv 1503.05671). With weights, g g^T / ||g||, scaled
-            to the same trace. `None` where it wasn't asked for, and for a layer that the output does not depend on.
+            G = sum over tokens of g g^T / number of predictions, float32, where g is the gradient with respect to the
+            layer's output of a random score, in nats, whose covariance is that of labels that the model itself
+            samples: the output side of the true Fisher information (K-FAC, arXiv 1503.05671). With weights,
+            g g^T / ||g||, scaled to the same trace. `None` where it wasn't asked for, and for a layer that the output
+            does not depend on.
         magnitude (`torch.Tensor` of shape `(in_features,)`, *optional*): E|x|, float32; not with weights.
         loss (`float`, *optional*):
             What the layer's error E alone is expected to cost, 1/2 E[(sum_t g_t^T E x_t)^2], nats per prediction: the
@@ -141,7 +143,7 @@ def layer_statistics(
             With gradients, weigh each token of H and of G by the norm of its gradient: tokens count for as much as
             their errors do. The expected loss, 1/2 E[(g^T E x)^2], would weigh them by its square, but gradients are
             heavy-tailed: in early layers a hundredth of the tokens would then be all that counts.
-        seed (`int`): of the labels that the model samples for G.
+        seed (`int`): of the random signs for G.
         backbone (`Mapping[str, BackboneLayer]`, *optional*):
             Quantized layers, by name, on the devices of the model's: the losses of their errors are collected as well.
 
@@ -367,16 +369,19 @@ def _random_score(output: Any, generator: torch.Generator) -> tuple[torch.Tensor
     """
     Return a sum over predictions whose gradient has the Fisher information for its covariance, and their number.
 
-    Towards the logits that is diag(p) - p p^T, which z = -log p(y), y drawn from p, has as well. Here it is the
-    gradient v - p sum(v) with v_k = +-sqrt(p_k), signs at random: it varies less from token to token, where a rare y
-    gives a large gradient by chance. A model without logits counts as a normal distribution of unit variance around
-    its normalized hidden states, for which an expected -log p of 1/2 |error|^2 is 1 - cosine.
+    Towards the logits that is diag(p) - p p^T, the covariance of the gradient of -log p(y), y drawn from p. The one
+    here is v - p sum(v), v_k = +-sqrt(p_k) with random signs, whose covariance is the same. Its norm varies less from
+    token to token than that of drawn labels, of which a rare one gives a large gradient by chance. A model without
+    logits counts as a normal distribution of unit variance around its normalized hidden states, for which an expected
+    -log p of 1/2 |error|^2 is 1 - cosine.
     """
     if "logits" in output:
         logits = output.logits.float().flatten(0, -2)
         p = logits.detach().softmax(-1)
-        signs = torch.empty(p.shape, dtype=torch.int8).random_(0, 2, generator=generator).to(p.device)
-        v = p.sqrt().mul_(signs.mul_(2).sub_(1))
+        words = torch.empty(len(p), -(-p.shape[1] // 64), dtype=torch.int64)
+        words.random_(-(2**63), None, generator=generator)  # 64 signs at a time
+        bits = np.unpackbits(words.view(torch.uint8).numpy(), axis=1, count=p.shape[1])
+        v = p.sqrt().mul_(torch.from_numpy(bits).to(p.device).view(torch.int8).mul_(2).sub_(1))
         v -= p.mul_(v.sum(-1, keepdim=True))
         return logits.reshape(-1) @ v.reshape(-1), len(logits)
     states = F.normalize(output.last_hidden_state.float().flatten(0, -2), dim=-1)

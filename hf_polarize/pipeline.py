@@ -239,8 +239,8 @@ def recipe_batches(
     """
     Return the batches to calibrate and train on, and those kept back where something is chosen on them.
 
-    Each source gives an equal share of the tokens. What one is too short for, those after it give, at last the model
-    itself, which never ends.
+    Each source gives an equal share of the tokens, the model itself last: what one is too short for, those after it
+    give.
     """
     tokens = max(recipe.max_tokens, recipe.train_tokens if recipe.train else 0)
     choosing = bool(recipe.train or recipe.replay) or recipe.closed_form().chooses

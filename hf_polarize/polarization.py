@@ -65,7 +65,7 @@ def polarize(
         window (`int`, defaults to 512): tokens per calibration window.
         max_tokens (`int`, defaults to 16384): calibration tokens, in whole windows spread evenly over the data.
         batch_size (`int`, defaults to 4): windows per batch.
-        seed (`int`, defaults to 0): of the text for `"self"` and of labels; everything else is deterministic.
+        seed (`int`, defaults to 0): of the text for `"self"` and of random signs; everything else is deterministic.
         text_column (`str`, *optional*): of a data set; the first column of strings if left out.
         lines (`bool`, defaults to `False`): each line of a text, or of the rows of a data set, is an input of its own,
             cut to `window`: for encoders of sentences. Windows per batch and held out then mean as many tokens.

@@ -90,7 +90,8 @@ class Recipe:
         SELF,
         f"{SELF} (text that the original model writes itself), {PYTHON_DOCS} (the language reference that every "
         f'Python carries), {NEWS} (300 news articles, extra "demo"), the path of a text file, or '
-        "hub:NAME[:CONFIG]:SPLIT; or a list of these, of which each gives an equal share",
+        "hub:NAME[:CONFIG]:SPLIT; or a list of these, of which each gives an equal share: what one is too short for, "
+        "those after it give, last of all the model itself",
     )
     calibration_column: str | None = _key(
         None, "text column of a calibration data set; the first one of strings if left out"
@@ -105,7 +106,7 @@ class Recipe:
         "each line of a text, or of the rows of its column, is an input of its own, to calibrate, train and measure "
         "an encoder of sentences by; windows to calibrate, train and choose by mean lines of as many tokens",
     )
-    seed: int = _key(0, "of calibration text that the model writes, of labels, and of the order of data")
+    seed: int = _key(0, "of calibration text that the model writes, of random signs, and of the order of data")
 
     train: list[str] | None = _key(
         None, f"what is trained after the closed form, of {', '.join(PARTS)}; null: nothing"
@@ -166,8 +167,15 @@ class Recipe:
             )
         if self.evaluation == SELF:
             raise ValueError(f'evaluation can\'t be "{SELF}": a text that the model wrote does not measure the model')
-        if not self.calibration or len(set(self.sources)) < len(self.sources):
+        if not self.sources or "" in self.sources or len(set(self.sources)) < len(self.sources):
             raise ValueError(f"recipe key calibration names nothing, or something twice; got {self.calibration!r}")
+        for name in (*self.sources, self.evaluation):
+            if name.startswith("demo:") and name != NEWS:
+                raise ValueError(f"the demo data is {NEWS}; got {name!r}")
+        if self.window * len(self.sources) > self.max_tokens:
+            raise ValueError(f"max_tokens={self.max_tokens} holds no window of {self.window} tokens of each source")
+        if self.lines and len(self.sources) > 1:
+            raise ValueError(f"lines come from one source; got calibration={self.calibration!r}")
         if self.lines and SELF in self.sources:
             raise ValueError(f'lines come from a text or a data set: calibration can\'t be "{SELF}"')
         if self.lines and self.model_class not in ("AutoModel", "AutoModelForSequenceClassification"):
@@ -226,7 +234,7 @@ class Recipe:
         Return where the original model is: path or Hub id, name of its GGUF file, and the name to give as base model.
 
         Raises:
-                ModuleNotFoundError: If the package of a demo model is not installed.
+            ModuleNotFoundError: If the package of a demo model is not installed.
             FileNotFoundError: If the model is a path and there is no such folder.
         """
         if self.model not in DEMO_MODELS:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
 
 import numba
 import numpy as np
@@ -25,12 +24,13 @@ SEARCHED = (0.9, -0.9, -1.0)
 Scales that are tried for a block before the first round, as multiples of the format's own. The rounds refit them; with
 31 tries from 0.6 to 1.05, fifteen layers of SmolLM2 ended with 2 % more squared error, in nearly twice the time.
 
-A negative scale turns a codebook over, which is worth a bit where it is not symmetric: NF4 has eight levels above zero
-and seven below. Ten layers of SmolLM2 ended with 5 % less predicted loss.
+A negative scale turns a codebook over, which gains where it is not symmetric: NF4 has eight levels above zero and
+seven below. Ten layers of SmolLM2 ended with 5 % less predicted loss. The grid of double quantization rarely reaches
+below zero; the nearest that it has is tried there.
 """
 
 SWEEPS = 3
-"""Times that [`descend`] goes over a weight; the first took 4 % of those layers' predicted loss, the second 1.5 %."""
+"""Times that [`descend`] goes over a weight: of the predicted loss of ten layers of SmolLM2, one took 4 %, two 5 %."""
 
 
 def spread(scales: torch.Tensor, shape: torch.Size, block_size: int) -> torch.Tensor:
@@ -88,19 +88,29 @@ class Covariance:
 
     def __init__(self, matrix: torch.Tensor) -> None:
         self.matrix = matrix
+        self._root: torch.Tensor | None = None
+        self._feedback: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    @cached_property
+    # no cached_property: before Python 3.12 all instances share its lock, and layers are solved side by side
+    @property
     def root(self) -> torch.Tensor:
         """L of H = L L^T, float32."""
-        return torch.linalg.cholesky(self.matrix).float()  # type: ignore[no-any-return]
+        if self._root is None:
+            self._root = torch.linalg.cholesky(self.matrix).float()
+        return self._root
 
-    @cached_property
+    @property
     def feedback(self) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The order to round in, most important first, and what the error of each does to those that come later.
 
         With H^(-1) = U^T U in that order, U upper triangular, it is U_jk / U_jj: float32, with ones on the diagonal.
         """
+        if self._feedback is None:
+            self._feedback = self._order_and_factor()
+        return self._feedback
+
+    def _order_and_factor(self) -> tuple[torch.Tensor, torch.Tensor]:
         order = torch.argsort(self.matrix.diagonal(), descending=True, stable=True)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.matrix[order][:, order]))
         upper = torch.linalg.cholesky(inverse, upper=True)
@@ -222,8 +232,8 @@ def descend(
     Improve codes one at a time: cyclic coordinate descent on tr(G X H X^T), X = W - Q.
 
     A change of q_ij by d changes it by -2 d (G X H)_ij + d^2 G_ii H_jj, so the best level is the one nearest to
-    q_ij + (G X H)_ij / (G_ii H_jj) (QuantEase, arXiv 2309.01885, section 3, there without G). It never gets worse.
-    It goes over the weight `SWEEPS` times, row by row, on a CPU.
+    q_ij + (G X H)_ij / (G_ii H_jj) (QuantEase, arXiv 2309.01885, section 3, there without G). It never gets worse
+    where no scale is zero; a zero counts as 1. It goes over the weight `SWEEPS` times, row by row, on a CPU.
 
     Args:
         weight (`torch.Tensor` of shape `(out, in)`): float32.

@@ -74,17 +74,24 @@ def solve(
             found.two_sided[name] = compensate(weight, error, h, largest[name], g, two_sided=True)
         if keep_losses and g is not None:
             found.losses[name] = LayerLoss(error, h, g)
+        bar.update()
 
     def finish_all(part: Mapping[str, Statistics]) -> None:
-        jobs, last = list[tuple[str, Statistics, Covariance]](), None
+        groups: list[list[tuple[str, Statistics]]] = []
         for name, known in part.items():
             if name in targets:
-                if known.h is not last:
-                    last, inputs = known.h, Covariance(damped(known.h))
-                jobs.append((name, known, inputs))
+                if not groups or known.h is not groups[-1][0][1].h:
+                    groups.append([])
+                groups[-1].append((name, known))
+
+        def finish_group(group: list[tuple[str, Statistics]]) -> None:
+            inputs = Covariance(damped(group[0][1].h))
+            for name, known in group:
+                finish(name, known, inputs)
+
         with _workers(plan.original.device) as pool:
-            for _ in pool.map(lambda job: finish(*job), jobs):
-                bar.update()
+            for _ in pool.map(finish_group, groups):
+                pass
 
     plan.quantized()
     with logging.tqdm(total=len(targets), desc="solving", unit="layer") as bar:

@@ -112,6 +112,18 @@ def test_several_sources_share_the_tokens_and_the_model_writes_what_is_missing(r
     assert windows.shape == (32, 32)
     assert torch.equal(windows.view(-1)[: len(ids)], ids)
 
+    # two texts that are long enough give half each, also of what is held back
+    halves = []
+    for name, word in (("a", TEXT[0]), ("b", TEXT[1])):
+        (tmp_path / f"{name}.txt").write_text(" ".join([word] * 400))
+        halves.append(set(tokenizer((tmp_path / f"{name}.txt").read_text())["input_ids"]))
+    options = ["train=[surrogate]", "train_tokens=1024", "held_out=4"]
+    chosen = load_recipe(recipe, [f"calibration=[{tmp_path}/a.txt, {tmp_path}/b.txt]", *options])
+    parts = recipe_batches(chosen, model, [load_data(name) for name in chosen.sources], processor)
+    for part, count in zip(parts, (16, 2), strict=True):
+        windows = torch.cat([batch["input_ids"] for batch in part])
+        assert [sum(set(row.tolist()) <= half for row in windows) for half in halves] == [count, count]
+
 
 def test_lines_are_samples_from_calibration_to_report(recipe, tokenizer, tmp_path):
     tiny_model("bert").save_pretrained(tmp_path / "model")

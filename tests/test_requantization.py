@@ -195,7 +195,7 @@ def test_feedback_between_rows_leaves_less_predicted_loss():
 
 @pytest.mark.parametrize("with_outputs", [False, True])
 @pytest.mark.parametrize("config", ["nf4", "int8"])
-def test_descent_leaves_few_codes_that_another_would_be_better_for(config, with_outputs):
+def test_where_descent_ends_no_other_code_is_better(config, with_outputs):
     linear, layer, h, _ = problem(config, 80, 128)
     g = torch.randn(400, 80) @ torch.randn(80, 80)
     g = damped(g.T @ g / len(g), 0.1) if with_outputs else torch.eye(80, dtype=torch.float64)
@@ -216,12 +216,15 @@ def test_descent_leaves_few_codes_that_another_would_be_better_for(config, with_
         changes = -2 * steps * (g @ error @ h)[..., None] + steps.square() * curvature
         return float((changes.amin(-1) < -1e-6 * changes.abs().mean()).double().mean())
 
-    codes = start
-    for _ in range(10):
-        before, codes = codes, descend(w, codes, s, levels, Covariance(h), outputs)
+    codes, before = descend(w, start, s, levels, Covariance(h), outputs), start
+    assert loss(codes) < loss(start) and could_improve(start) > 0
+    for _ in range(500):
+        if torch.equal(codes, before):
+            break
         assert loss(codes) <= loss(before) * (1 + 1e-6)
-    assert loss(codes) < 0.99 * loss(start)
-    assert could_improve(codes) < 0.2 * could_improve(start)
+        before, codes = codes, descend(w, codes, s, levels, Covariance(h), outputs)
+    assert torch.equal(codes, before)
+    assert could_improve(codes) < 1e-3  # float32 may take two levels for equally good
 
 
 def test_nf4_scales_may_turn_the_codebook_over():
