@@ -210,14 +210,14 @@ def _descend_tile(top, bottom, rows, h, s, levels, middles, codes, pull, moved):
             for j in range(h.shape[0]):
                 pull[row, j] += rows[row, top + k] * moved[k, j]
         for j in range(h.shape[0]):
-            level = levels[codes[i, j]]
-            wanted = (pull[row, j] + own * moved[row, j]) / (own * h[j, j])
-            code = np.searchsorted(middles, level + wanted / s[i, j])
-            if code != codes[i, j]:
-                step = (levels[code] - level) * s[i, j]
-                codes[i, j] = code
-                for k in range(h.shape[0]):
-                    moved[row, k] -= step * h[j, k]
+            old = codes[i, j]
+            wanted = levels[old] + (pull[row, j] + own * moved[row, j]) / (own * h[j, j] * s[i, j])
+            if (old == 0 or wanted > middles[old - 1]) and (old == len(middles) or wanted <= middles[old]):
+                continue
+            codes[i, j] = np.searchsorted(middles, wanted)
+            step = (levels[codes[i, j]] - levels[old]) * s[i, j]
+            for k in range(h.shape[0]):
+                moved[row, k] -= step * h[j, k]
 
 
 def descend(
