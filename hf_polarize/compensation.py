@@ -136,6 +136,7 @@ def leading_path(error: torch.Tensor, root: torch.Tensor, rank: int) -> tuple[to
     """
     seen = error @ root
     size = min(rank + OVERSAMPLED, *seen.shape)
+    # not torch.svd_lowrank, which draws from the one generator that all threads share
     generator = torch.Generator(seen.device).manual_seed(0)
     q = seen @ torch.randn(seen.shape[1], size, generator=generator, device=seen.device)
     for _ in range(ITERATIONS):
