@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from .backbone import weight_matrix
 from .formats import BackboneLayer
-from .models import Batch, bfloat16_is_fast, gradients_of_inputs, mixed_precision, to_model
+from .models import Batch, bfloat16_is_fast, bfloat16_products, gradients_of_inputs, mixed_precision, to_model
 
 logger = logging.get_logger(__name__)
 
@@ -277,19 +277,20 @@ class _GradientSums:
             changes = (x.to(self.error) @ self.error.T).float().mul_(g)
             rows = samples if len(x) % samples == 0 else 1  # tokens that were picked out (experts) can't be told apart
             self.change = self.change + changes.view(rows, -1).sum(1)
+        g = g.float()
         if self.outputs is None:
-            self.outputs = g.new_zeros(g.shape[1], g.shape[1], dtype=torch.float32)
+            self.outputs = g.new_zeros(g.shape[1], g.shape[1])
         if self.weigh_tokens:
-            norms = g.float().norm(dim=1)
-            g = (g / norms.clamp(min=torch.finfo(torch.float32).tiny).sqrt()[:, None]).to(g.dtype)
-            x = x.float()
+            norms = g.norm(dim=1)
+            roots = norms.sqrt()[:, None]
+            g = g / roots.clamp(min=torch.finfo(torch.float32).tiny)
+            x = x.float() * roots
             if self.inputs is None:
                 self.inputs = x.new_zeros(x.shape[1], x.shape[1])
-            self.inputs.addmm_(x.T * norms, x)
+            self.inputs.addmm_(x.T, x)
             self.norms += float(norms.sum())
             self.squares += float(norms.square().sum())
-        g = g if g.dtype == torch.bfloat16 else g.float()
-        self.outputs += g.T @ g  # in bfloat16 where the model computed in it
+        self.outputs.addmm_(g.T, g)
 
     def end_batch(self) -> None:
         """Square what has come together over all tokens of a sample and all calls of the layer."""
@@ -341,11 +342,13 @@ def _gradient_sums(
                     if value.is_floating_point():
                         value.requires_grad_(True)
                 with mixed_precision(model):
-                    loss, count = _random_score(model(**arguments), generator)
-                torch.autograd.backward(loss)  # outside: sums are in float32
+                    output = model(**arguments)
+                outputs, gradient = _random_gradient(output, generator)
+                with bfloat16_products(model):
+                    torch.autograd.backward(outputs, gradient)
+                predictions += gradient.shape[:-1].numel()
                 for one in sums.values():
                     one.end_batch()
-                predictions += count
                 bar.update()
     finally:
         for handle in handles:
@@ -365,25 +368,23 @@ def _check_finite(name: str, covariance: torch.Tensor, model: PreTrainedModel) -
         )
 
 
-def _random_score(output: Any, generator: torch.Generator) -> tuple[torch.Tensor, int]:
+def _random_gradient(output: Any, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Return a sum over predictions whose gradient has the Fisher information for its covariance, and their number.
+    Return outputs `(..., n)` and a random gradient towards them whose covariance is the Fisher information.
 
-    Towards the logits that is diag(p) - p p^T, the covariance of the gradient of -log p(y), y drawn from p. The one
+    Towards logits that is diag(p) - p p^T, the covariance of the gradient of -log p(y), y drawn from p. The one
     here is v - p sum(v), v_k = +-sqrt(p_k) with random signs, whose covariance is the same. Its norm varies less from
     token to token than that of drawn labels, of which a rare one gives a large gradient by chance. A model without
     logits counts as a normal distribution of unit variance around its normalized hidden states, for which an expected
     -log p of 1/2 |error|^2 is 1 - cosine.
     """
     if "logits" in output:
-        logits = output.logits.float().flatten(0, -2)
-        p = logits.detach().softmax(-1)
+        p = output.logits.detach().float().flatten(0, -2).softmax(-1)
         words = torch.empty(len(p), -(-p.shape[1] // 64), dtype=torch.int64)
         words.random_(-(2**63), None, generator=generator)  # 64 signs at a time
         bits = np.unpackbits(words.view(torch.uint8).numpy(), axis=1, count=p.shape[1])
         v = p.sqrt().mul_(torch.from_numpy(bits).to(p.device).view(torch.int8).mul_(2).sub_(1))
         v -= p.mul_(v.sum(-1, keepdim=True))
-        return logits.reshape(-1) @ v.reshape(-1), len(logits)
-    states = F.normalize(output.last_hidden_state.float().flatten(0, -2), dim=-1)
-    noise = torch.randn(states.shape, generator=generator).to(states.device)
-    return (states * noise).sum(), len(states)
+        return output.logits, v.view(output.logits.shape).to(output.logits.dtype)
+    states = F.normalize(output.last_hidden_state.float(), dim=-1)
+    return states, torch.randn(states.shape, generator=generator).to(states.device)

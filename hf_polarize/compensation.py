@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -122,9 +123,26 @@ def compensate(
     )
 
 
-def leading_path(error: torch.Tensor, root: torch.Tensor, rank: int) -> tuple[torch.Tensor, float]:
+class Path(NamedTuple):
     """
-    Return nearly the B A of [`compensate`], and the squared output error that it leaves, in a tenth of its time.
+    A rank-r path beside a layer with the error E, the output error being C^T E L.
+
+    Attributes:
+        product (`torch.Tensor` of shape `(out, in)`): B A.
+        loss (`float`): what it leaves of the squared output error.
+        outputs (`torch.Tensor` of shape `(out, r)`): U_r, the left singular vectors of the output error.
+        inputs (`torch.Tensor` of shape `(in, r)`): V_r, the right ones.
+    """
+
+    product: torch.Tensor
+    loss: float
+    outputs: torch.Tensor
+    inputs: torch.Tensor
+
+
+def leading_path(error: torch.Tensor, root: torch.Tensor, rank: int, output_root: torch.Tensor | None = None) -> Path:
+    """
+    Return nearly the B A of [`compensate`] in a tenth of its time.
 
     By randomized subspace iteration (arXiv 0909.4061, algorithm 4.4) with `OVERSAMPLED` vectors more than the rank,
     from a fixed seed: in five layers of SmolLM2 tried, the squared error left at rank 8 was within 0.1 % of the least.
@@ -133,7 +151,9 @@ def leading_path(error: torch.Tensor, root: torch.Tensor, rank: int) -> tuple[to
         error (`torch.Tensor` of shape `(out, in)`): E, float32.
         root (`torch.Tensor` of shape `(in, in)`): L of H = L L^T, float32.
         rank (`int`): r.
+        output_root (`torch.Tensor` of shape `(out, out)`, *optional*): C of G = C C^T, float32; I if left out.
     """
+    error = error if output_root is None else output_root.T @ error
     seen = error @ root
     size = min(rank + OVERSAMPLED, *seen.shape)
     # not torch.svd_lowrank, which draws from the one generator that all threads share
@@ -142,10 +162,11 @@ def leading_path(error: torch.Tensor, root: torch.Tensor, rank: int) -> tuple[to
     for _ in range(ITERATIONS):
         q = seen @ torch.linalg.qr(seen.T @ torch.linalg.qr(q).Q).Q
     q = torch.linalg.qr(q).Q
-    u, values, _ = torch.linalg.svd(q.T @ seen, full_matrices=False)
+    u, values, v = torch.linalg.svd(q.T @ seen, full_matrices=False)
     u = q @ u[:, :rank]
     left = float(seen.square().sum(dtype=torch.float64) - values[:rank].square().sum(dtype=torch.float64))
-    return u @ (u.T @ error), max(left, 0.0)
+    b = u if output_root is None else torch.linalg.solve_triangular(output_root.T, u, upper=True)
+    return Path(b @ (u.T @ error), max(left, 0.0), u, v[:rank].T)
 
 
 def _leading_vectors(error: torch.Tensor, covariance: torch.Tensor, rank: int) -> torch.Tensor:

@@ -36,6 +36,27 @@ def mixed_precision(model: PreTrainedModel) -> torch.autocast:
     )
 
 
+@contextmanager
+def bfloat16_products(model: PreTrainedModel) -> Iterator[None]:
+    """
+    Multiply float32 matrices in bfloat16 on the CPU inside this context, with float32 sums and results.
+
+    For what [`mixed_precision`] rounds to bfloat16 anyway, where it is on. From PyTorch 2.9 on; on older ones, and on
+    other devices, nothing changes.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    device = torch.device(model.device)
+    if matmul is None or device.type != "cpu" or not bfloat16_is_fast(device):
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
 def is_text_model(model: PreTrainedModel) -> bool:
     return getattr(model, "main_input_name", "input_ids") == "input_ids"
 

@@ -18,7 +18,8 @@ from .configuration import ClosedForm
 from .evaluation import HeldOut
 from .plan import Plan, surrogate_copy
 from .quantizer import release_memory
-from .requantization import Covariance, requantize
+from .requantization import requantize
+from .rounding import Covariance
 from .sensitivity import SensitivityReport, allocate_ranks
 from .surrogate import SURROGATE, attach_surrogates, factors
 

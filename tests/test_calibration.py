@@ -196,11 +196,12 @@ def test_tokens_weigh_as_much_as_their_gradients(family):
         x, g = (torch.cat([pair[i].flatten(0, -2) for pair in seen[name]]) for i in (0, 1))
         norm = g.norm(dim=1)
         expected = (x.T * norm) @ x / norm.sum()
-        torch.testing.assert_close(statistics.h.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+        close = {"rtol": 2e-2, "atol": 1e-2 * float(expected.abs().max())}  # may be collected in bfloat16
+        torch.testing.assert_close(statistics.h.double(), expected, **close)
         assert not torch.allclose(statistics.h, plain[name], rtol=1e-2)
         unit = g / norm.clamp(min=1e-30).sqrt()[:, None]
         expected = unit.T @ unit * (norm.square().sum() / norm.sum()) / predictions(batches)
-        close = {"rtol": 2e-2, "atol": 1e-2 * float(expected.abs().max())}  # may be collected in bfloat16
+        close["atol"] = 1e-2 * float(expected.abs().max())
         torch.testing.assert_close(statistics.g.double(), expected, **close)
 
 

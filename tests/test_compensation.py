@@ -144,7 +144,7 @@ def test_the_path_alone_is_nearly_that_of_the_compensation(shape):
     weight, error, covariance, _ = problem(*shape, seed=6)
     h = damped(covariance)
     before = torch.random.get_rng_state()
-    path, left = leading_path(error.float(), torch.linalg.cholesky(h).float(), 4)
+    path, left, u, v = leading_path(error.float(), torch.linalg.cholesky(h).float(), 4)
     assert torch.equal(torch.random.get_rng_state(), before)
     result = compensate(weight, error, h, 4)
 
@@ -154,3 +154,7 @@ def test_the_path_alone_is_nearly_that_of_the_compensation(shape):
     least = remaining(result.b.double() @ result.a.double())
     assert least <= remaining(path.double()) <= 1.001 * least
     assert left == pytest.approx(remaining(path.double()), rel=1e-4)
+    for vectors in (u, v):
+        torch.testing.assert_close(vectors.T @ vectors, torch.eye(4), rtol=0, atol=1e-5)
+    seen = path @ torch.linalg.cholesky(h).float()
+    torch.testing.assert_close(u @ (u.T @ seen @ v) @ v.T, seen, rtol=1e-4, atol=1e-5 * float(seen.abs().max()))

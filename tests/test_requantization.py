@@ -8,16 +8,8 @@ from torch import nn
 from hf_polarize import PolarizeConfig
 from hf_polarize.backbone import quantize_linear
 from hf_polarize.compensation import compensate, damped
-from hf_polarize.requantization import (
-    Covariance,
-    descend,
-    nearest,
-    refit_scales,
-    requantize,
-    round_with_feedback,
-    search_scales,
-    spread,
-)
+from hf_polarize.requantization import FREED, refit_scales, requantize, search_scales
+from hf_polarize.rounding import Covariance, descend, nearest, round_with_feedback, spread
 
 CONFIGS = {
     "nf4": PolarizeConfig("nf4"),
@@ -82,12 +74,43 @@ def test_with_gradients_it_leaves_less_predicted_loss():
     g = damped(g.T @ g / len(g), 0.1)
     requantize(one, weight, Covariance(h), rank=4)
     requantize(two, weight, Covariance(h), rank=4, outputs=Covariance(g))
+    assert predicted(two, weight, h, g) < predicted(one, weight, h, g)
 
-    def loss(layer):
-        solution = compensate(weight, weight.double() - layer.dequantized().double(), h, 4, g, two_sided=True)
-        return solution.loss_before - sum(solution.gains)
 
-    assert loss(two) < loss(one)
+def predicted(layer, weight, h, g):
+    solution = compensate(weight, weight.double() - layer.dequantized().double(), h, 4, g, two_sided=True)
+    return solution.loss_before - sum(solution.gains)
+
+
+@pytest.mark.parametrize("with_outputs", [False, True])
+def test_errors_gather_where_the_path_is(with_outputs, monkeypatch):
+    linear, layer, h, _ = problem("nf4", 160, 192)
+    weight = linear.weight.detach()
+    g = torch.randn(400, 160) * torch.logspace(-1, 1, 160)
+    g = damped(g.T @ g / len(g), 0.1) if with_outputs else torch.eye(160, dtype=torch.float64)
+    shares, losses, alone = (1.0, FREED), [], []
+    for share in shares:
+        monkeypatch.setattr("hf_polarize.requantization.FREED", share)
+        layer = quantize_linear(linear, CONFIGS["nf4"])
+        requantize(layer, weight, Covariance(h), 4, outputs=Covariance(g) if with_outputs else None)
+        losses.append(predicted(layer, weight, h, g))
+        error = weight.double() - layer.dequantized().double()
+        alone.append(0.5 * float((g @ error @ h * error).sum()))
+    assert losses[1] < 0.98 * losses[0]
+    assert losses[1] / alone[1] < losses[0] / alone[0]  # the path takes a greater share of what there is
+
+
+def test_a_freed_covariance_counts_a_share_of_some_directions():
+    _, _, h, _ = problem("nf4")
+    inputs = Covariance(h)
+    v = torch.linalg.qr(torch.randn(128, 3, dtype=torch.float64)).Q
+    freed = inputs.freed(v, 0.2)
+    torch.testing.assert_close(freed.inverse, torch.linalg.inv(freed.matrix))
+    errors = torch.randn(5, 128, dtype=torch.float64)
+    seen = errors @ torch.linalg.cholesky(h)  # what they do to the output
+    along = seen @ v @ v.T
+    expected = (seen - along).square().sum() + 0.2 * along.square().sum()
+    torch.testing.assert_close((errors @ freed.matrix * errors).sum(), expected)
 
 
 def test_rows_that_are_no_whole_blocks_stay_as_bitsandbytes_makes_them():

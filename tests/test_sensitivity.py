@@ -9,7 +9,7 @@ from conftest import tiny_inputs, tiny_model
 from transformers.modeling_outputs import CausalLMOutput
 
 from hf_polarize import PolarizeConfig, SurrogateConfig, polarize
-from hf_polarize.calibration import _random_score, layer_statistics
+from hf_polarize.calibration import _random_gradient, layer_statistics
 from hf_polarize.configuration import ClosedForm
 from hf_polarize.data import calibration_batches
 from hf_polarize.evaluation import HeldOut
@@ -21,13 +21,13 @@ from hf_polarize.solver import replayed_losses
 from hf_polarize.surrogate import factors
 
 
-def test_random_scores_have_the_fisher_information_of_the_logits_for_covariance():
+def test_random_gradients_have_the_fisher_information_of_the_logits_for_covariance():
     p = torch.tensor([0.6, 0.25, 0.1, 0.05, 0.0], dtype=torch.float64)
-    logits = p.log().float().clamp(min=-50).expand(4, 50_000, 5).clone().requires_grad_()
-    score, count = _random_score(CausalLMOutput(logits=logits), torch.Generator().manual_seed(0))
-    score.backward()
-    gradients = logits.grad.flatten(0, 1).double()
-    assert count == len(gradients) == 200_000
+    logits = p.log().float().clamp(min=-50).expand(4, 50_000, 5)
+    outputs, gradients = _random_gradient(CausalLMOutput(logits=logits), torch.Generator().manual_seed(0))
+    assert outputs is logits and gradients.shape == logits.shape
+    gradients = gradients.flatten(0, 1).double()
+    count = len(gradients)
     # five standard errors of a mean of products of values below 1
     torch.testing.assert_close(gradients.T @ gradients / count, p.diag() - p[:, None] * p, rtol=0, atol=5 / count**0.5)
     assert gradients.sum(1).abs().max() < 1e-6
