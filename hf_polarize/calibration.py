@@ -90,7 +90,8 @@ class Statistics:
 
     Attributes:
         h (`torch.Tensor` of shape `(in_features, in_features)`):
-            H = E[x x^T] over tokens, float32; or with weights, sum ||g|| x x^T / sum ||g||.
+            H = E[x x^T] over tokens, float32; or with weights, sum ||g|| x x^T / sum ||g||. Beside gradients, products
+            are in bfloat16 and sums in float32 where the model computed in bfloat16 on a CPU.
         g (`torch.Tensor` of shape `(out_features, out_features)`, *optional*):
             G = sum over tokens of g g^T / number of predictions, float32, where g is the gradient with respect to the
             layer's output of a random score, in nats, whose covariance is that of labels that the model itself

@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,7 @@ def compare_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         results.append({"method": method, "rank": rank, "tokens": tokens, **asdict(quality)})
         write_json(folder / "comparison.json", record)
 
+    @lru_cache(maxsize=1)  # ours of all tokens are wanted once more for other ranks
     def statistics(tokens: int, **options: bool) -> dict[str, Statistics]:
         parts = layer_statistics(
             model,
@@ -218,8 +220,8 @@ def compare_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         todo = [(m, r) for r in ranks for m in methods
                 if m != TRAINED and not done(m, r, tokens) and (m not in UNCALIBRATED or tokens == recipe.max_tokens)
                 and (m != BACKBONE or r == recipe.r)]  # fmt: skip
-        theirs = statistics(tokens) if any(method in METHODS for method, _ in todo) else {}
         known = statistics(tokens, **sensitive) if any(method == CLOSED for method, _ in todo) else {}
+        theirs = statistics(tokens) if any(method in METHODS for method, _ in todo) else {}
         for method, rank in todo:
             if method == BACKBONE:
                 with rounded_backbone(model, plan):

@@ -123,24 +123,26 @@ def compensate(
     )
 
 
-class Path(NamedTuple):
+class LowRankPath(NamedTuple):
     """
     A rank-r path beside a layer with the error E, the output error being C^T E L.
 
     Attributes:
         product (`torch.Tensor` of shape `(out, in)`): B A.
-        loss (`float`): what it leaves of the squared output error.
-        outputs (`torch.Tensor` of shape `(out, r)`): U_r, the left singular vectors of the output error.
-        inputs (`torch.Tensor` of shape `(in, r)`): V_r, the right ones.
+        squared_error (`float`): what it leaves of the squared output error.
+        left (`torch.Tensor` of shape `(out, r)`): U_r, the leading left singular vectors of the output error.
+        right (`torch.Tensor` of shape `(in, r)`): V_r, the right ones.
     """
 
     product: torch.Tensor
-    loss: float
-    outputs: torch.Tensor
-    inputs: torch.Tensor
+    squared_error: float
+    left: torch.Tensor
+    right: torch.Tensor
 
 
-def leading_path(error: torch.Tensor, root: torch.Tensor, rank: int, output_root: torch.Tensor | None = None) -> Path:
+def leading_path(
+    error: torch.Tensor, root: torch.Tensor, rank: int, output_root: torch.Tensor | None = None
+) -> LowRankPath:
     """
     Return nearly the B A of [`compensate`] in a tenth of its time.
 
@@ -153,8 +155,8 @@ def leading_path(error: torch.Tensor, root: torch.Tensor, rank: int, output_root
         rank (`int`): r.
         output_root (`torch.Tensor` of shape `(out, out)`, *optional*): C of G = C C^T, float32; I if left out.
     """
-    error = error if output_root is None else output_root.T @ error
-    seen = error @ root
+    weighted = error if output_root is None else output_root.T @ error
+    seen = weighted @ root
     size = min(rank + OVERSAMPLED, *seen.shape)
     # not torch.svd_lowrank, which draws from the one generator that all threads share
     generator = torch.Generator(seen.device).manual_seed(0)
@@ -166,7 +168,7 @@ def leading_path(error: torch.Tensor, root: torch.Tensor, rank: int, output_root
     u = q @ u[:, :rank]
     left = float(seen.square().sum(dtype=torch.float64) - values[:rank].square().sum(dtype=torch.float64))
     b = u if output_root is None else torch.linalg.solve_triangular(output_root.T, u, upper=True)
-    return Path(b @ (u.T @ error), max(left, 0.0), u, v[:rank].T)
+    return LowRankPath(b @ (u.T @ weighted), max(left, 0.0), u, v[:rank].T)
 
 
 def _leading_vectors(error: torch.Tensor, covariance: torch.Tensor, rank: int) -> torch.Tensor:

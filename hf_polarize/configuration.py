@@ -275,7 +275,8 @@ class ClosedForm:
             of layer where that brings held-out data nearer to the original.
         allocation (`str`, defaults to `"uniform"`):
             `"uniform"`: each surrogate has its rank of the [`SurrogateConfig`]. `"sensitivity"`: as many bytes, spent
-            where they are predicted to win most; kept only if held-out data says so. Some servers want one rank.
+            where they are predicted to win most; kept only if held-out data says so. Backbones are chosen for the rank
+            of the configuration, so with `alternations` there is less to win by another. Some servers want one rank.
         r_max (`int`, defaults to 32): largest rank of a layer under `"sensitivity"`.
         gradients (`bool`, defaults to `True`):
             Collect gradients on the calibration data, for `weigh_tokens`, `two_sided`, `"sensitivity"` and the

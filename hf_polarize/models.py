@@ -41,12 +41,13 @@ def bfloat16_products(model: PreTrainedModel) -> Iterator[None]:
     """
     Multiply float32 matrices in bfloat16 on the CPU inside this context, with float32 sums and results.
 
-    For what [`mixed_precision`] rounds to bfloat16 anyway, where it is on. From PyTorch 2.9 on; on older ones, and on
-    other devices, nothing changes.
+    For sums over what a model computes in bfloat16, by itself or under [`mixed_precision`]: nothing changes for one
+    that computes in another dtype, on other devices, or before PyTorch 2.9. The switch is the whole process's.
     """
     matmul = getattr(torch.backends.mkldnn, "matmul", None)
     device = torch.device(model.device)
-    if matmul is None or device.type != "cpu" or not bfloat16_is_fast(device):
+    computed = model.dtype == torch.bfloat16 or (model.dtype == torch.float32 and bfloat16_is_fast(device))
+    if matmul is None or device.type != "cpu" or not computed:
         yield
         return
     before = matmul.fp32_precision

@@ -31,7 +31,6 @@ from .report import markdown_report, plot_layer_errors, plot_training
 from .self_text import SELF
 from .sensitivity import SensitivityReport
 from .solver import replayed_losses, rounded_backbone
-from .surrogate import backbone_only
 from .training import distill
 
 
@@ -137,16 +136,11 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         save_polarized(model, folder, processor, overwrite=True)
         info = inspect_checkpoint(folder)
         polarized, polarized_seconds = evaluator.measure(model, "closed form" if recipe.train else "polarized")
-        with backbone_only(model):
-            requantized, _ = evaluator.measure(model, "its backbone alone")
         variants = {
             "original": _variant(evaluator.original, original_bits, original_bytes, evaluator.held_out.seconds),
             "backbone": _variant(
                 backbone, info.bits("code") + info.bits("scale"), info.bytes - _surrogate_bytes(info),
                 backbone_seconds,
-            ),
-            "requantized": _variant(
-                requantized, info.bits("code") + info.bits("scale"), info.bytes - _surrogate_bytes(info), None
             ),
             "polarized": _variant(polarized, info.bits_per_weight, info.bytes, polarized_seconds),
         }  # fmt: skip

@@ -11,7 +11,6 @@ from .inspection import CheckpointInfo
 VARIANTS = {
     "original": "original",
     "backbone": "backbone alone",
-    "requantized": "with its codes and scales chosen",
     "closed_form": "with surrogates in closed form",
     "polarized": "polarized",
 }
@@ -35,7 +34,7 @@ def results_rows(metrics: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             continue
         one = metrics[key]
         recovered = metrics["gap_recovered"] if key == "polarized" else None
-        if key in ("requantized", "closed_form") and gap:
+        if key == "closed_form" and gap:
             recovered = (metrics["backbone"]["loss"] - one["loss"]) / gap
         rows.append(
             [

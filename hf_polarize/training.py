@@ -280,7 +280,7 @@ def distill(
     hidden_weight: float = 0.0,
     layer_weight: float = 0.0,
     layer_losses: Mapping[str, LayerLoss] | None = None,
-    evaluations: int = 8,
+    evaluations: int = 4,
     patience: int = 3,
     bf16: bool | None = None,
     seed: int = 0,
@@ -301,7 +301,7 @@ def distill(
         micro_batch_size (`int`, defaults to 8): samples in memory at a time.
         epochs (`float`, defaults to 1): passes over the data.
         hidden_weight, layer_weight (`float`), layer_losses (`Mapping[str, LayerLoss]`): see [`PolarizeTrainer`].
-        evaluations (`int`, defaults to 8): evaluations on the held-out data, and checkpoints.
+        evaluations (`int`, defaults to 4): evaluations on the held-out data, and checkpoints.
         patience (`int`, defaults to 3): evaluations without a gain after which training stops.
         bf16 (`bool`, *optional*): mixed precision; where the device is fast in it if left out.
         seed (`int`, defaults to 0): of the order of the data.

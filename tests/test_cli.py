@@ -210,7 +210,7 @@ def test_a_run_that_trains_reports_every_step_and_its_share(recipe, tmp_path, ca
     assert main(["run", str(recipe), *overrides, "layer_weight=0.1", "allocation=sensitivity", "replay=2"]) == 0
     out = tmp_path / "out"
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["polarized"]["kl"] < metrics["closed_form"]["kl"] < metrics["requantized"]["kl"]
+    assert metrics["polarized"]["kl"] < metrics["closed_form"]["kl"] < metrics["backbone"]["kl"]
     report = (out / "report.md").read_text()
     for text in ("with surrogates in closed form", "scales alone put back", "ranks by sensitivity", "training.png"):
         assert text in report

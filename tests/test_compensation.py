@@ -139,22 +139,25 @@ def test_predicted_losses_are_those_of_the_factors(two_sided):
         assert float(loss(a, b)) == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("two_sided", [False, True])
 @pytest.mark.parametrize("shape", [(96, 160), (160, 96)])
-def test_the_path_alone_is_nearly_that_of_the_compensation(shape):
+def test_the_path_alone_is_nearly_that_of_the_compensation(shape, two_sided):
     weight, error, covariance, _ = problem(*shape, seed=6)
-    h = damped(covariance)
+    h, g = damped(covariance), output_covariance(shape[0]) if two_sided else torch.eye(shape[0], dtype=torch.float64)
+    root, output_root = (torch.linalg.cholesky(m).float() for m in (h, g))
     before = torch.random.get_rng_state()
-    path, left, u, v = leading_path(error.float(), torch.linalg.cholesky(h).float(), 4)
+    path = leading_path(error.float(), root, 4, output_root if two_sided else None)
     assert torch.equal(torch.random.get_rng_state(), before)
-    result = compensate(weight, error, h, 4)
+    result = compensate(weight, error, h, 4, g, two_sided)
 
-    def remaining(path):
-        return float((((error - path) @ h) * (error - path)).sum())
+    def remaining(product):
+        return float((g @ (error - product) @ h * (error - product)).sum())
 
     least = remaining(result.b.double() @ result.a.double())
-    assert least <= remaining(path.double()) <= 1.001 * least
-    assert left == pytest.approx(remaining(path.double()), rel=1e-4)
-    for vectors in (u, v):
+    assert least * (1 - 1e-6) <= remaining(path.product.double()) <= 1.001 * least
+    assert path.squared_error == pytest.approx(remaining(path.product.double()), rel=1e-4)
+    seen = output_root.T @ path.product @ root  # what the path does, of which left and right are the singular vectors
+    u, _, v = torch.linalg.svd(seen)
+    for vectors, expected in ((path.left, u[:, :4]), (path.right, v[:4].T)):
         torch.testing.assert_close(vectors.T @ vectors, torch.eye(4), rtol=0, atol=1e-5)
-    seen = path @ torch.linalg.cholesky(h).float()
-    torch.testing.assert_close(u @ (u.T @ seen @ v) @ v.T, seen, rtol=1e-4, atol=1e-5 * float(seen.abs().max()))
+        torch.testing.assert_close((vectors * expected).sum(0).abs(), torch.ones(4), rtol=0, atol=1e-3)
