@@ -204,8 +204,7 @@ def test_tokens_weigh_as_much_as_their_gradients(family):
         weighted += bool((plain[name] - expected).abs().max() > bound)
         unit = g / norm.clamp(min=1e-30).sqrt()[:, None]
         expected = unit.T @ unit * (norm.square().sum() / norm.sum()) / predictions(batches)
-        close = {"rtol": 2e-2, "atol": 1e-2 * float(expected.abs().max())}  # may be collected in bfloat16
-        torch.testing.assert_close(statistics.g.double(), expected, **close)
+        assert (statistics.g - expected).abs().max() < 2**-8 * float(expected.diagonal().max())
     assert weighted > len(part) / 2  # in most layers that is not what tokens of equal weight give
 
 
