@@ -3,6 +3,8 @@
 from importlib.metadata import version
 
 from .checkpoint import save_polarized
+from .cim.configuration import CIMConfig
+from .cim.hook import attach_cim, detach_cim
 from .configuration import ClosedForm, PolarizeConfig, SurrogateConfig
 from .data import calibration_batches
 from .distillation import teacher_dataset
@@ -13,12 +15,15 @@ from .training import PolarizeTrainer, distill
 
 __version__ = version("hf-polarize")
 __all__ = [
+    "CIMConfig",
     "ClosedForm",
     "PolarizeConfig",
     "PolarizeTrainer",
     "SurrogateConfig",
+    "attach_cim",
     "backbone_only",
     "calibration_batches",
+    "detach_cim",
     "distill",
     "merge_surrogates",
     "polarize",

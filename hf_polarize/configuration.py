@@ -14,6 +14,8 @@ from transformers.quantizers import auto
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, register_quantization_config
 from transformers.utils.quantization_config import QuantizationMethod
 
+from .cim.configuration import CIMConfig
+
 BACKBONES = ("nf4", "int8")
 ACTIVATIONS = (None, "int8", "nf4")
 COMPUTE_DTYPES = ("float32", "bfloat16", "float16")
@@ -54,8 +56,10 @@ class PolarizeConfig(BitsAndBytesConfig):
         modules_to_not_convert (`list[str]`, *optional*):
             Names of modules to leave as they are, matched as a prefix, as a suffix, or as a regular expression. Left
             out: the heads (whatever lies outside the base model) and every tied layer. A list *replaces* that default.
-        cim (*optional*):
-            Reserved for simulated compute-in-memory execution. Must be `None` in this version.
+        cim ([`CIMConfig`] or `dict`, *optional*):
+            Run the backbone on a simulated compute-in-memory chip. The surrogate stays digital. Without this library
+            installed it has no effect. Given to `from_pretrained` for a polarized checkpoint, it takes the place of
+            what the checkpoint says. An `adc_range` that is measured needs data: [`attach_cim`].
 
     Raises:
         ValueError: If a value is not among those accepted; the message names them.
@@ -74,7 +78,7 @@ class PolarizeConfig(BitsAndBytesConfig):
         compute_dtype: str | torch.dtype | None = None,
         activations: str | None = None,
         modules_to_not_convert: list[str] | None = None,
-        cim: None = None,
+        cim: CIMConfig | dict[str, Any] | None = None,
     ) -> None:
         if backbone not in BACKBONES:
             raise choice_error("backbone", backbone, BACKBONES)
@@ -94,8 +98,12 @@ class PolarizeConfig(BitsAndBytesConfig):
             and all(isinstance(item, str) for item in modules_to_not_convert)
         ):
             raise ValueError(f"modules_to_not_convert must be None or a list of names; got {modules_to_not_convert!r}")
-        if cim is not None:
-            raise ValueError(f"cim must be None: this version has no compute-in-memory model yet; got {cim!r}")
+        if cim is not None and not isinstance(cim, CIMConfig):
+            cim = CIMConfig.from_dict(cim)
+        if cim is not None and activations is not None:
+            raise ValueError(
+                f"a chip quantizes its inputs itself (input_bits of cim): leave activations out; got {activations!r}"
+            )
 
         super().__init__(
             load_in_4bit=backbone == "nf4",
@@ -132,13 +140,14 @@ class PolarizeConfig(BitsAndBytesConfig):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return what a configuration given to `from_pretrained` changes about a quantized checkpoint."""
-        return {"activations": self.activations}
+        return {"activations": self.activations, "cim": self.cim}
 
     def to_dict(self) -> dict[str, Any]:
         """Write a bitsandbytes configuration that carries the keys of this library in one block, `polarize`."""
         output: dict[str, Any] = super().to_dict()
         del output["compute_dtype_given"]
         output["quant_method"] = QuantizationMethod.BITS_AND_BYTES.value
+        output["cim"] = None if self.cim is None else self.cim.to_dict()
         output["polarize"] = {key: output.pop(key) for key in ("activations", "cim", "surrogate")}
         return output
 

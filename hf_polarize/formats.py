@@ -48,6 +48,8 @@ class BackboneLayer(nn.Module):
 
     source_cls: type[nn.Module]
     activations: str | None = None
+    chip: Any = None
+    """The simulated array that takes the place of the product; [`~hf_polarize.cim.hook.attach_cim`] sets it."""
     in_features: int
     out_features: int
     weight: Any
@@ -57,6 +59,8 @@ class BackboneLayer(nn.Module):
         if x.numel() == 0:  # an expert without a token; bitsandbytes' CPU kernel would end the process
             return x.new_zeros(*x.shape[:-1], self.out_features)
         x = x.contiguous()  # that kernel takes rows at their first stride
+        if self.chip is not None:
+            return self.chip(x, self.bias)  # type: ignore[no-any-return]
         return self.product(x if self.activations is None else fake_quantize(x, self.activations))
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -73,6 +77,10 @@ class BackboneLayer(nn.Module):
 
     block_size: int
     """Weights per scale, neighbours in row-major order."""
+
+    @abstractmethod
+    def units(self) -> torch.Tensor:
+        """Return the values of the codes in -1..1, `(out_features, in_features)`, float32: weights without scales."""
 
     @abstractmethod
     def levels(self) -> torch.Tensor:
@@ -223,6 +231,10 @@ class BackboneLinear4bit(BackboneLayer, bnb.nn.Linear4bit):
     def levels(self) -> torch.Tensor:
         return get_4bit_type("nf4", device=self.weight.device)  # type: ignore[no-any-return]
 
+    def units(self) -> torch.Tensor:
+        self.unpack()
+        return self._scaled(torch.ones_like(self.block_scales()))
+
     def block_scales(self) -> torch.Tensor:
         _, state = self._stored()
         if not state.nested:
@@ -249,6 +261,8 @@ class BackboneLinear4bit(BackboneLayer, bnb.nn.Linear4bit):
 
     def free_scales(self) -> nn.Parameter:
         """Make the block scales a parameter, `(blocks,)`, float32, that can be trained until [`fix_scales`]."""
+        if self.chip is not None:
+            raise ValueError("block scales are part of the chip that is attached; train them after detach_cim(model)")
         if self.free is None:
             self.unpack()
             self.free = nn.Parameter(self.block_scales().clone())
@@ -305,6 +319,10 @@ class BackboneLinear8bit(BackboneLayer, bnb.nn.Linear8bitLt):
 
     def levels(self) -> torch.Tensor:
         return torch.arange(-127, 128, device=self.weight.device) / 127.0
+
+    def units(self) -> torch.Tensor:
+        units: torch.Tensor = self.weight.data.float() / 127.0
+        return units
 
     def block_scales(self) -> torch.Tensor:
         return self.scales()[0].float()

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from transformers.utils.quantization_config import QuantizationMethod
 
 from .backbone import is_convertible, new_layer, plain_layer, weight_matrix
+from .cim.hook import attach_cim
 from .configuration import PolarizeConfig
 from .formats import NF4_BLOCK, BackboneLayer
 
@@ -169,6 +170,8 @@ class BackboneHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         self.mark(model)
+        if self.quantization_config.cim is not None:
+            attach_cim(model, self.quantization_config.cim)
         if hasattr(model, "_weight_conversions"):
             # transformers 5.23 can't run these backwards: saving a loaded bitsandbytes model would raise
             model._weight_conversions = [

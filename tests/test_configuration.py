@@ -63,7 +63,6 @@ def test_other_bitsandbytes_configurations_pass_through():
         ({"compute_dtype": "float64"}, r"compute_dtype must be one of None, 'float32', 'bfloat16', 'float16'"),
         ({"backbone": "int8", "compute_dtype": "float32"}, "multiplies in INT8"),
         ({"modules_to_not_convert": "lm_head"}, "list of names; got 'lm_head'"),
-        ({"cim": {"adc_bits": 6}}, "cim must be None"),
     ],
 )
 def test_a_wrong_choice_is_refused_with_what_is_accepted(arguments, message):

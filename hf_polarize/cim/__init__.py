@@ -1,0 +1,1 @@
+"""Simulated compute-in-memory: a bit-serial, bit-sliced analog array under any backbone layer."""

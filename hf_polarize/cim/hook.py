@@ -1,0 +1,191 @@
+"""The hook: backbone layers run on a simulated chip, and come off it again without a trace."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from ..backbone import backbone_layers
+from ..formats import BackboneLayer
+from ..models import Batch, bfloat16_is_fast
+from ..surrogate import core_model
+from .array import Converter, exact_product
+from .chip import fabricate, generator_for
+from .configuration import CIMConfig
+from .moments import fast_array
+from .planes import grouped_weights, quantized_inputs, weight_code
+from .ranges import measured_ranges
+
+
+class OnChip:
+    """
+    A backbone layer on one chip.
+
+    Args:
+        layer ([`~hf_polarize.formats.BackboneLayer`]): its codes and scales are read once.
+        name (`str`): of the layer; its cells depend on it.
+        config ([`CIMConfig`]): of the chip.
+
+    Attributes:
+        reason (`str`, *optional*): why the fast model is not valid here, in words.
+        exact (`bool`): whether the layer runs plane by plane.
+
+    Raises:
+        ValueError: If `config.model` is `"fast"` and that is not valid here.
+    """
+
+    def __init__(self, layer: BackboneLayer, name: str, config: CIMConfig) -> None:
+        self.name, self.config = name, config
+        levels = layer.levels()
+        self.code = weight_code(config, levels)
+        indices, scale = grouped_weights(layer.units(), layer.block_scales(), layer.block_size, config, levels)
+        self.scale = scale / config.drift
+        self.converter = Converter.of(config, config.ranges.get(name, float(config.rows)))
+        self.in_features = layer.in_features
+        planes = list(fabricate(indices, self.code, config, name))
+        self.fast, self.reason = fast_array(planes, self.scale, self.converter, config, self.in_features)
+        if config.adc_range != "full" and self.reason is None:
+            self.reason = f"adc_range={config.adc_range!r} may cut large counts"
+        if config.model == "fast" and self.reason:
+            raise ValueError(
+                f'cim: the fast model is not valid for {name}: {self.reason}; model="auto" runs such layers exactly'
+            )
+        self.exact = config.model == "exact" or self.reason is not None
+        self.planes = planes if self.exact else None
+        if not self.exact and bfloat16_is_fast(self.scale.device):  # integers of 8 bits are exact there
+            self.fast.weight = self.fast.weight.bfloat16()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin the noise of readings anew."""
+        self._reads = generator_for(self.config.read_seed, "reads", self.name)
+
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Multiply `(..., in)` with the weight of this chip: `(..., out)` in the dtype of the input."""
+        y: torch.Tensor = _OnChipProduct.apply(x.reshape(-1, self.in_features), self)  # type: ignore[no-untyped-call]
+        if bias is not None:
+            y = y + bias
+        return y.view(*x.shape[:-1], -1).to(x.dtype)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Return `(tokens, out)`, float32, without the bias."""
+        self._move(x.device)
+        q, scale = quantized_inputs(x, self.config.input_bits)
+        if self.planes is not None:
+            y = exact_product(q, self.planes, self.scale, self.config, self.converter, self._reads).float()
+        else:
+            y = self.fast(q, self._reads)
+        return y.mul_(scale)
+
+    def _move(self, device: torch.device) -> None:
+        if self.scale.device != device:
+            self.scale = self.scale.to(device)
+            self.fast = self.fast.to(device)
+            self.planes = None if self.planes is None else [plane.to(device) for plane in self.planes]
+
+
+class _OnChipProduct(torch.autograd.Function):
+    """The product on a chip, with the gradient of its weight, straight through rounding (arXiv 1308.3432)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, chip: OnChip) -> torch.Tensor:
+        ctx.chip = chip
+        return chip.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = grad_outputs
+        weight = ctx.chip.fast.weight
+        return (gradient.to(weight.dtype) @ weight).to(gradient.dtype), None
+
+
+def attach_cim(model: nn.Module, config: CIMConfig, data: Iterable[Batch] | None = None) -> nn.Module:
+    """
+    Run the backbone of a model on a simulated chip. Surrogates and all other layers stay digital.
+
+    The configuration becomes part of the model's: `save_polarized` and `save_pretrained` keep it, and loading makes
+    the same chip again. A chip that is attached already is taken off first.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): with a backbone.
+        config ([`CIMConfig`]): of the chip.
+        data (`Iterable[dict[str, torch.Tensor]]`, *optional*): batches on which ranges of the ADC are measured; only
+            for an `adc_range` other than `"full"`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: If `config` is no [`CIMConfig`].
+        ValueError: If the model has no backbone, `config.layers` finds none of it, a layer can't be mapped, or ranges
+            are to be measured and there is no data.
+    """
+    if not isinstance(config, CIMConfig):
+        raise TypeError(f"attach_cim takes a CIMConfig; got {type(config).__name__}")
+    core = core_model(model)
+    chosen = _chosen(core, config)
+    if config.adc_bits is not None and config.adc_range != "full" and not set(chosen) <= set(config.ranges):
+        if data is None:
+            raise ValueError(
+                f"cim: adc_range={config.adc_range!r} is measured: give batches, attach_cim(model, config, data=...)"
+            )
+        detach_cim(model)
+        config = config.replace(ranges=measured_ranges(model, chosen, config, data))
+    made = {}
+    with logging.tqdm(total=len(chosen), desc="making the chip", unit="layer") as bar:
+        for name, layer in chosen.items():
+            made[name] = OnChip(layer, name, config)
+            bar.update()
+    detach_cim(model)
+    for name, layer in chosen.items():
+        layer.chip = made[name]
+    core.config.quantization_config.cim = config
+    return model
+
+
+def detach_cim(model: nn.Module) -> nn.Module:
+    """Take a model off its chip: from here on it computes, bit for bit, what it computed before."""
+    core = core_model(model)
+    for _, layer in backbone_layers(core):
+        layer.chip = None
+    quantization = getattr(core.config, "quantization_config", None)
+    if quantization is not None:
+        quantization.cim = None
+    return model
+
+
+def _chosen(core: nn.Module, config: CIMConfig) -> dict[str, BackboneLayer]:
+    layers = dict(backbone_layers(core))
+    if not layers:
+        raise ValueError(
+            "cim: the model has no backbone to put on a chip; load it with quantization_config=PolarizeConfig(...)"
+        )
+    chosen = {
+        name: layer
+        for name, layer in layers.items()
+        if config.layers is None or any(re.search(pattern, name) for pattern in config.layers)
+    }
+    if not chosen:
+        raise ValueError(f"cim: none of the {len(layers)} layers has a name that layers={config.layers} finds")
+    for name, layer in chosen.items():
+        if layer.weight.device.type == "meta":
+            raise ValueError(f"cim: {name} is offloaded; a chip takes layers that are in memory")
+    return chosen
+
+
+def chips(model: nn.Module) -> Iterator[tuple[str, OnChip]]:
+    """Yield the name and the chip of every layer that runs on one."""
+    for name, layer in backbone_layers(core_model(model)):
+        if layer.chip is not None:
+            yield name, layer.chip
+
+
+def reset_reads(model: nn.Module) -> None:
+    """Begin the noise of all readings anew, so that the same inputs read the same."""
+    for _, chip in chips(model):
+        chip.reset()

@@ -1,0 +1,223 @@
+"""Models on a simulated chip: on, off, saved, reloaded, trained."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import FAMILIES, TEXT, output, tiny_inputs, tiny_model
+from transformers import AutoModelForCausalLM
+
+from hf_polarize import (
+    CIMConfig,
+    PolarizeConfig,
+    SurrogateConfig,
+    attach_cim,
+    backbone_only,
+    detach_cim,
+    polarize,
+    save_polarized,
+)
+from hf_polarize.backbone import backbone_layers
+from hf_polarize.cim.hook import chips, reset_reads
+
+NOISY = CIMConfig.preset("noisy")
+
+
+def quantized(family, tmp_path, backbone="nf4", dtype=torch.float32, **arguments):
+    tiny_model(family, dtype=dtype).save_pretrained(tmp_path / family)
+    auto = getattr(transformers, FAMILIES[family][0])
+    config = PolarizeConfig(backbone=backbone, **arguments)
+    return auto.from_pretrained(tmp_path / family, quantization_config=config, dtype=dtype)
+
+
+def difference(a, b):
+    return float((a.float() - b.float()).norm() / b.float().norm())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("backbone", ["nf4", "int8"])
+def test_every_family_runs_on_a_chip_and_comes_off_it(family, backbone, tmp_path):
+    model = quantized(family, tmp_path, backbone)
+    inputs = tiny_inputs(model)
+    before = output(model, inputs)
+    attach_cim(model, CIMConfig.preset("ideal"))
+    ideal = difference(output(model, inputs), before)  # inputs and the grid at 8 bits
+    attach_cim(model, NOISY)
+    assert 0 < ideal < 0.5 * difference(output(model, inputs), before)
+    detach_cim(model)
+    assert torch.equal(output(model, inputs), before)
+    assert model.config.quantization_config.cim is None
+
+
+@pytest.mark.parametrize("backbone", ["nf4", "int8"])
+def test_an_ideal_chip_computes_what_its_layers_hold(backbone, tmp_path):
+    """Against float64: the dequantized weight times the rounded input, up to half a step of the grid."""
+    from hf_polarize.cim.planes import quantized_inputs
+
+    model = quantized("llama-tied", tmp_path, backbone)
+    attach_cim(model, CIMConfig.preset("ideal", mapping="one_hot" if backbone == "nf4" else "grid"))
+    for name, layer in backbone_layers(model):
+        x = torch.randn(3, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
+        q, scale = quantized_inputs(x.flatten(0, 1), 8)
+        expected = (q * scale).double() @ layer.dequantized().double().T
+        assert difference(layer(x).flatten(0, 1), expected) < 1e-5, name
+
+
+@pytest.mark.parametrize("kind", ["fast", "exact"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_reload_is_the_same_chip(kind, dtype, tmp_path):
+    chip = NOISY.replace(chip_seed=7, model="auto" if kind == "fast" else kind)
+    model = quantized("llama-untied", tmp_path, dtype=dtype, cim=chip)
+    inputs = tiny_inputs(model)
+    here = output(model, inputs)
+    assert here.dtype == dtype
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=dtype)
+    assert again.config.quantization_config.cim == chip
+    assert torch.equal(output(again, inputs), here)
+    other = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", dtype=dtype, quantization_config=PolarizeConfig(cim=chip.replace(chip_seed=8))
+    )
+    assert not torch.equal(output(other, inputs), here)
+
+
+DIGEST = """
+import hashlib, torch
+from hf_polarize import CIMConfig
+from hf_polarize.cim.chip import fabricate
+from hf_polarize.cim.planes import weight_code
+config = CIMConfig(mismatch=0.1, column_gain=0.1, column_offset=0.1, stuck_at_one=0.01, chip_seed=5)
+indices = torch.full((40, 3, 64), 3, dtype=torch.int16)
+digest = hashlib.sha256()
+for plane in fabricate(indices, weight_code(config, torch.zeros(1)), config, "a.layer"):
+    for tensor in (plane.cells, plane.gain, plane.offset):
+        digest.update(tensor.numpy().tobytes())
+digest = digest.hexdigest()
+"""
+
+
+def test_a_chip_is_the_same_in_another_process():
+    here = {}
+    exec(DIGEST, here)
+    command = [sys.executable, "-c", DIGEST + "print(digest)"]
+    there = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    assert there == here["digest"]
+
+
+def test_read_noise_is_new_at_every_read_and_can_begin_anew(tmp_path):
+    model = attach_cim(quantized("llama-tied", tmp_path), NOISY.replace(chip_seed=1))
+    inputs = tiny_inputs(model)
+    first, second = output(model, inputs), output(model, inputs)
+    assert not torch.equal(first, second)
+    reset_reads(model)
+    assert torch.equal(output(model, inputs), first)
+
+
+def test_only_the_layers_that_were_chosen(tmp_path):
+    model = attach_cim(quantized("llama-tied", tmp_path), NOISY.replace(layers=[r"mlp\.down_proj"]))
+    assert {name.rpartition(".")[2] for name, _ in chips(model)} == {"down_proj"}
+    with pytest.raises(ValueError, match=r"none of the 14 layers has a name that layers=\['nothing'\] finds"):
+        attach_cim(model, NOISY.replace(layers=["nothing"]))
+    assert len(list(chips(model))) == 2  # what was attached stays
+
+
+def test_generate_and_a_step_of_training(tmp_path, tokenizer):
+    """The surrogates of a model on a chip learn: gradients are those of the chip's own weights."""
+    model = quantized("llama-tied", tmp_path)
+    model.add_adapter(SurrogateConfig(r=4), "surrogate")
+    attach_cim(model, NOISY.replace(read_noise=0.0))
+    ids = tokenizer(TEXT[:4], return_tensors="pt")["input_ids"]
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    losses = []
+    for _ in range(10):
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_the_gradient_is_that_of_the_chips_weight(tmp_path):
+    model = attach_cim(quantized("llama-tied", tmp_path), NOISY)
+    layer = model.model.layers[0].mlp.down_proj
+    x = torch.randn(6, layer.in_features, requires_grad=True)
+    upstream = torch.randn(6, layer.out_features)
+    (layer(x) * upstream).sum().backward()
+    assert torch.allclose(x.grad, upstream @ layer.chip.fast.weight, rtol=1e-4, atol=1e-5)
+
+
+def test_the_surrogate_stays_digital(tmp_path):
+    """A surrogate adds the same on a chip as off it."""
+    model = polarize(tiny_model("llama-tied"), tiny_inputs_batches(), max_tokens=256, window=32)
+    layer = model.model.layers[1].self_attn.q_proj
+    x = torch.randn(5, layer.in_features)
+
+    def surrogate():
+        with torch.no_grad():
+            both = layer(x)
+            with backbone_only(model):
+                return both - layer(x)
+
+    digital = surrogate()
+    attach_cim(model, NOISY.replace(read_noise=0.0))
+    assert torch.allclose(surrogate(), digital, atol=1e-5)
+
+
+def tiny_inputs_batches():
+    return [tiny_inputs(tiny_model("llama-tied"), n=8)]
+
+
+def test_a_polarized_checkpoint_keeps_its_chip(tmp_path):
+    model = polarize(tiny_model("llama-tied"), tiny_inputs_batches(), max_tokens=256, window=32)
+    attach_cim(model, NOISY)
+    inputs = tiny_inputs(model)
+    here = output(model, inputs)
+    save_polarized(model, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(output(again, inputs), here)
+    off = AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=PolarizeConfig())
+    detach_cim(model)
+    assert torch.equal(output(off, inputs), output(model, inputs))
+
+
+@pytest.mark.parametrize("how", ["max", "percentile", "mse"])
+def test_measured_ranges_are_kept(how, tmp_path):
+    model = quantized("llama-tied", tmp_path)
+    inputs = tiny_inputs(model)
+    chip = CIMConfig(adc_bits=4, adc_range=how, mismatch=0.0, read_noise=0.0)
+    with pytest.raises(ValueError, match="is measured: give batches"):
+        attach_cim(model, chip)
+    exact = output(attach_cim(model, chip.replace(adc_bits=None, adc_range="full", ranges={})), inputs)
+    full = difference(output(attach_cim(model, chip.replace(adc_range="full")), inputs), exact)
+    attach_cim(model, chip, data=[inputs])
+    measured = output(model, inputs)
+    assert difference(measured, exact) < full  # counts use a part of the full range
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(output(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), inputs), measured)
+
+
+def test_the_fast_model_knows_where_it_is_not_valid(tmp_path):
+    model = quantized("llama-tied", tmp_path)
+    dead_zone = CIMConfig(encoding="sign_magnitude", adc_bits=3, mismatch=0.0, read_noise=0.0)
+    with pytest.raises(ValueError, match=r'fast model is not valid for .*model="auto" runs such layers exactly'):
+        attach_cim(model, dead_zone.replace(model="fast"))
+    assert all(chip.exact and chip.reason for _, chip in chips(attach_cim(model, dead_zone)))
+
+
+def test_what_can_not_be_is_said(tmp_path):
+    with pytest.raises(ValueError, match="no backbone to put on a chip"):
+        attach_cim(tiny_model("llama-tied"), NOISY)
+    with pytest.raises(TypeError, match="takes a CIMConfig; got dict"):
+        attach_cim(tiny_model("llama-tied"), {})
+    with pytest.raises(ValueError, match="a chip quantizes its inputs itself"):
+        PolarizeConfig(activations="int8", cim=NOISY)
+    with pytest.raises(TypeError, match="cim must be a CIMConfig, a dict"):
+        PolarizeConfig(cim="noisy")
+    model = attach_cim(quantized("llama-tied", tmp_path), NOISY)
+    with pytest.raises(ValueError, match="block scales are part of the chip"):
+        model.model.layers[0].mlp.down_proj.free_scales()

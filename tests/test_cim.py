@@ -1,0 +1,309 @@
+"""The simulated array against naive loops over integers, and against what the layers hold."""
+
+import math
+
+import pytest
+import torch
+from bitsandbytes.functional import get_4bit_type
+from scipy.stats import ks_2samp
+
+from hf_polarize import CIMConfig
+from hf_polarize.cim.array import Converter, exact_product
+from hf_polarize.cim.chip import fabricate
+from hf_polarize.cim.moments import fast_array
+from hf_polarize.cim.planes import grouped_weights, integer_planes, quantized_inputs, weight_code
+from hf_polarize.cim.ranges import best_range
+
+INT8 = torch.arange(-127, 128) / 127.0
+NF4 = get_4bit_type("nf4", device="cpu")
+IDEAL = CIMConfig.preset("ideal")
+
+
+def random_integers(*shape, largest=127, seed=0):
+    return torch.randint(-largest, largest + 1, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def array_of(weight, config, levels=INT8):
+    """Return the planes and the group scales of an integer weight, so that a count of 1 is worth 1."""
+    largest = weight_code(config, levels).unit
+    units = weight / largest
+    indices, scale = grouped_weights(units, torch.ones(len(weight)), weight.shape[1], config, levels)
+    return list(fabricate(indices, weight_code(config, levels), config, "layer")), scale * largest
+
+
+def naive_read(count, config, largest):
+    """One ADC, in Python."""
+    if config.adc_bits is None:
+        return count
+    step = (2 if config.encoding == "sign_magnitude" else 1) * largest / 2**config.adc_bits
+    first = -(2 ** (config.adc_bits - 1)) if config.encoding == "sign_magnitude" else 0
+    last = first + 2**config.adc_bits - 1
+    if config.zero_code:
+        return step * min(max(round(count / step), first), last)
+    return step * (min(max(math.floor(count / step), first), last) + 0.5)
+
+
+def naive_bits(value, bits, encoding):
+    """The planes of one integer and what each is worth, in Python."""
+    if encoding == "sign_magnitude":
+        sign = (value > 0) - (value < 0)
+        return [(sign * (abs(value) >> i & 1), 2**i) for i in range(bits - 1)]
+    word = value % 2**bits
+    return [(word >> i & 1, -(2**i) if i == bits - 1 else 2**i) for i in range(bits)]
+
+
+def naive_product(q, planes, scale, config, largest):
+    """The array, one token, column, row group and pair of planes after the other."""
+    result = torch.zeros(len(q), len(scale), dtype=torch.float64)
+    for t, token in enumerate(q.int().tolist()):
+        for j in range(len(scale)):
+            for g in range(scale.shape[1]):
+                rows = token[g * config.rows : (g + 1) * config.rows]
+                bits = [naive_bits(value, config.input_bits, config.encoding) for value in rows]
+                total = 0.0
+                for plane in planes:
+                    cells = (plane.cells[j, g].double() * plane.unit).tolist()
+                    for i in range(len(bits[0])):
+                        count = sum(bit[i][0] * cell for bit, cell in zip(bits, cells, strict=False))
+                        count *= 1.0 if plane.gain is None else float(plane.gain[g, j])
+                        count += 0.0 if plane.offset is None else float(plane.offset[g, j])
+                        total += bits[0][i][1] * plane.significance * naive_read(count, config, largest)
+                result[t, j] += float(scale[j, g]) * total
+    return result
+
+
+CHIPS = {
+    "ideal": {"mismatch": 0.0, "adc_bits": None},
+    "lossless": {"mismatch": 0.0},
+    "coarse": {"mismatch": 0.0, "adc_bits": 3},
+    "mid-rise": {"mismatch": 0.1, "adc_bits": 3, "zero_code": False},
+    "mismatch": {"mismatch": 0.2},
+    "columns": {"mismatch": 0.1, "column_gain": 0.05, "column_offset": 0.3},
+    "stuck": {"mismatch": 0.0, "stuck_at_zero": 0.1, "stuck_at_one": 0.2},
+    "wires": {"mismatch": 0.05, "ir_drop": 0.3},
+    "drift": {"mismatch": 0.05, "drift_exponent": 0.05, "drift_spread": 0.01, "drift_time": 1e5},
+}
+
+
+@pytest.mark.parametrize("encoding", ["twos_complement", "sign_magnitude"])
+@pytest.mark.parametrize("kind", CHIPS)
+@pytest.mark.parametrize("rows, bits", [(4, 8), (16, 4)])
+def test_the_exact_model_equals_naive_loops(kind, encoding, rows, bits):
+    config = CIMConfig(
+        encoding=encoding, rows=rows, input_bits=bits, weight_bits=bits, read_noise=0.0,
+        **{"adc_bits": round(math.log2(rows)) + 1, **CHIPS[kind]},
+    )  # fmt: skip
+    largest = 2 ** (bits - 1) - 1
+    weight, q = random_integers(5, 22, largest=largest), random_integers(3, 22, largest=largest, seed=1).float()
+    planes, scale = array_of(weight, config)
+    converter = Converter.of(config, float(rows))
+    result = exact_product(q, planes, scale, config, converter)
+    reference = naive_product(q, planes, scale, config, float(rows))
+    assert torch.allclose(result, reference, rtol=1e-6, atol=1e-6 * float(reference.abs().max()))
+
+
+@pytest.mark.parametrize("encoding", ["twos_complement", "sign_magnitude"])
+@pytest.mark.parametrize("rows", [1, 7, 64, 500])
+@pytest.mark.parametrize("adc", [True, False])
+def test_without_defects_it_is_the_integer_product(encoding, rows, adc):
+    """An ADC that tells all counts apart changes nothing; the largest count alone needs one code more."""
+    bits = math.ceil(math.log2((2 if encoding == "sign_magnitude" else 1) * (rows + 1))) if adc else None
+    config = IDEAL.replace(encoding=encoding, rows=rows, adc_bits=bits)
+    weight, q = random_integers(33, 130), random_integers(17, 130, seed=1)
+    planes, scale = array_of(weight, config)
+    largest = 2 ** (bits - 1 if config.signed else bits) if adc else 0.0  # a step of one count
+    result = exact_product(q.float(), planes, scale, config, Converter.of(config, float(largest)))
+    assert torch.equal(result, (q @ weight.T).double())
+
+
+def test_the_two_ways_to_read_are_one(monkeypatch):
+    """What runs on a CPU in integers and what runs on other devices in float32 give the same bits."""
+    from hf_polarize.cim import array
+
+    config = CIMConfig(mismatch=0.1, column_gain=0.02, column_offset=0.2, rows=32, adc_bits=4, zero_code=False)
+    weight, q = random_integers(48, 100), random_integers(20, 100, seed=1).float()
+    planes, scale = array_of(weight, config)
+    converter = Converter.of(config, 32.0)
+
+    def run():
+        return exact_product(q, planes, scale, config, converter, torch.Generator().manual_seed(3))
+
+    first = run()
+    monkeypatch.setattr(array, "_read_on_cpu", array._read)
+    assert torch.equal(first, run())
+
+
+def test_tokens_do_not_depend_on_each_other():
+    """A chip is bitwise the same however its inputs are batched."""
+    config = CIMConfig(mismatch=0.1, read_noise=0.0, column_gain=0.01)
+    weight, q = random_integers(100, 192), random_integers(300, 192, seed=1).float()
+    planes, scale = array_of(weight, config)
+    converter = Converter.of(config, 64.0)
+    whole = exact_product(q, planes, scale, config, converter)
+    parts = [exact_product(part, planes, scale, config, converter) for part in q.split([1, 99, 200])]
+    assert torch.equal(whole, torch.cat(parts))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("encoding", ["twos_complement", "sign_magnitude"])
+def test_planes_add_up_to_the_integers(bits, encoding):
+    largest = 2 ** (bits - 1) - 1
+    values = torch.arange(-largest, largest + 1)
+    planes, coefficients = integer_planes(values, bits, encoding)
+    assert torch.equal((planes.double() * coefficients[:, None]).sum(0), values.double())
+    assert set(planes.unique().tolist()) <= ({-1, 0, 1} if encoding == "sign_magnitude" else {0, 1})
+
+
+def test_inputs_are_rounded_token_by_token():
+    x = (
+        torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+        * torch.tensor([1e-6, 1.0, 0.0, 7.0, 1e4])[:, None]
+    )
+    q, scale = quantized_inputs(x, 8)
+    assert q.abs().amax(1).tolist() == [127, 127, 0, 127, 127]
+    assert ((q * scale - x).abs() <= 0.5001 * scale).all()
+
+
+# error added to normal weights by each mapping, in per cent of their RMS; NF4's own is 9.2
+@pytest.mark.parametrize(
+    "mapping, bits, expected",
+    [("grid", 8, 0.59), ("grid", 7, 1.04), ("grid", 6, 2.5), ("grid", 5, 4.7), ("learned", 4, 4.1)],
+)
+def test_the_error_of_each_mapping(mapping, bits, expected):
+    assert mapping_error(mapping, bits) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("bits, at_most", [(5, 1.85), (6, 1.09), (7, 0.40)])
+def test_learned_planes_are_no_worse_than_those_known(bits, at_most):
+    assert mapping_error("learned", bits) < at_most
+
+
+def mapping_error(mapping, bits):
+    weight = torch.randn(2000, 64, generator=torch.Generator().manual_seed(0)).double()
+    scale = weight.abs().amax(1, keepdim=True)
+    codes = torch.bucketize(weight / scale, ((NF4[1:] + NF4[:-1]) / 2).double())
+    config = IDEAL.replace(mapping=mapping, weight_bits=bits)
+    indices, group = grouped_weights(NF4[codes], scale.flatten(), 64, config, NF4)
+    code = weight_code(config, NF4)
+    executed = (code.executed * code.unit)[indices.long()].squeeze(1) * group
+    return 100 * float((executed - NF4.double()[codes] * scale).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+def test_one_hot_nf4_is_exact(rows):
+    config = IDEAL.replace(mapping="one_hot", rows=rows)
+    codes = torch.randint(0, 16, (20, 192), generator=torch.Generator().manual_seed(0))
+    scales = torch.rand(60, generator=torch.Generator().manual_seed(1)) + 0.1
+    scales[::3] *= -1  # as requantization may leave them
+    indices, scale = grouped_weights(NF4[codes], scales, 64, config, NF4)
+    planes = list(fabricate(indices, weight_code(config, NF4), config, "layer"))
+    q = random_integers(9, 192).float()
+    result = exact_product(q, planes, scale, config, None)
+    weight = NF4[codes].double() * scales.double().repeat_interleave(64).view(20, 192)
+    assert torch.allclose(result, q.double() @ weight.T, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows, features", [(128, 192), (48, 100)])
+def test_groups_that_blocks_do_not_line_up_with_share_a_scale(rows, features):
+    """The grid of the largest scale of a group: no weight is off by more than half a step of it."""
+    config = IDEAL.replace(rows=rows)
+    codes = torch.randint(0, 16, (7, features), generator=torch.Generator().manual_seed(0))
+    scales = torch.rand(-(-7 * features // 64), generator=torch.Generator().manual_seed(1)) + 0.1
+    indices, scale = grouped_weights(NF4[codes], scales, 64, config, NF4)
+    code = weight_code(config, NF4)
+    executed = (code.executed * code.unit)[indices.long()] * scale[..., None]
+    weight = NF4[codes] * scales.repeat_interleave(64)[: codes.numel()].view(codes.shape)
+    error = (executed.flatten(1)[:, :features] - weight).abs()
+    assert (error <= 0.5001 * scale.abs().repeat_interleave(rows, 1)[:, :features]).all()
+    with pytest.raises(ValueError, match='use the mapping "grid"'):
+        grouped_weights(NF4[codes[:, :100]], scales, 64, IDEAL.replace(mapping="one_hot"), NF4)
+
+
+FAST = {
+    "no ADC": {"adc_bits": None, "read_noise": 0.5},
+    "rounded twice": {"adc_bits": 5},
+    "rounded by four": {"adc_bits": 4},
+    "noisy readings": {"read_noise": 0.4},
+    "mismatch": {"mismatch": 0.1, "read_noise": 0.3},
+    "small mismatch": {"mismatch": 0.03, "read_noise": 0.3},
+    "columns": {"mismatch": 0.05, "column_gain": 0.02, "column_offset": 0.2, "read_noise": 0.3},
+    "mid-rise": {"adc_bits": 5, "zero_code": False},
+    "many rows": {"rows": 256, "adc_bits": 7},
+    "signed": {"encoding": "sign_magnitude", "adc_bits": 7, "read_noise": 0.4, "mismatch": 0.1},
+    "signed, noisy": {"encoding": "sign_magnitude", "adc_bits": 7, "read_noise": 0.3, "mismatch": 0.2},
+    "few bits": {"input_bits": 6, "weight_bits": 6, "read_noise": 0.4},
+    "drifted": {"encoding": "sign_magnitude", "adc_bits": 7, "read_noise": 0.3, "mismatch": 0.03,
+                "drift_time": 86400.0, "drift_exponent": 0.049, "drift_spread": 0.008},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_the_fast_model_has_the_moments_of_the_exact_one(kind):
+    config = CIMConfig(**{"mismatch": 0.0, "read_noise": 0.0, **FAST[kind]})
+    generator = torch.Generator().manual_seed(0)
+    largest = 2 ** (config.weight_bits - 1) - 1
+    weight = (torch.randn(96, 512, generator=generator) * largest / 3.5).round().clamp(-largest, largest)
+    q, _ = quantized_inputs(torch.randn(384, 512, generator=generator), config.input_bits)
+    planes, scale = array_of(weight, config)
+    scale = scale / config.drift
+    converter = Converter.of(config, float(config.rows))
+    fast, reason = fast_array(planes, scale, converter, config, 512)
+    assert reason is None
+    ideal = q.double() @ weight.double().T
+    exact = exact_product(q, planes, scale, config, converter, torch.Generator().manual_seed(1)) - ideal
+    quick = fast(q, torch.Generator().manual_seed(1)).double() - ideal
+    assert float(quick.std() / exact.std()) == pytest.approx(1, abs=0.05)
+    assert ks_2samp((exact / exact.std()).flatten(), (quick / exact.std()).flatten()).statistic < 0.02
+
+
+def test_the_range_of_an_adc_is_the_one_asked_for():
+    histogram = torch.tensor([100.0, 500.0, 300.0, 90.0, 9.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+    assert best_range(histogram, CIMConfig(rows=8, adc_range="max")) == 5
+    assert best_range(histogram, CIMConfig(rows=8, adc_range="percentile", percentile=99.0)) == 3
+    assert best_range(histogram, CIMConfig(rows=8, adc_range="percentile", percentile=100.0)) == 5
+    config = CIMConfig(rows=8, adc_bits=2, adc_range="mse")
+    counts = torch.arange(9).double()
+
+    def error(largest):
+        return float((histogram * (Converter.of(config, largest)(counts) - counts).square()).sum())
+
+    best = best_range(histogram, config)
+    assert error(best) <= min(error(5.0), error(4.0), error(3.0), error(2.5))
+
+
+def test_the_physical_defaults():
+    """kT/C of 128 cells of 1 fF at 300 K is 0.18 mV; a count of 128 rows at 0.8 V is 6.25 mV."""
+    config = CIMConfig(rows=128, adc_bits=7, adc_noise=0.0)
+    assert config.reading_noise == pytest.approx(0.18 / 6.25, rel=0.01)
+    assert CIMConfig(rows=128, adc_bits=7).reading_noise == pytest.approx(math.hypot(0.5, 0.18) / 6.25, rel=0.01)
+    assert CIMConfig().cell_mismatch == pytest.approx(0.00664, rel=0.001)
+    assert CIMConfig(cell_capacitance=4.0).cell_mismatch == pytest.approx(0.00332, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"rows": 0}, "rows must be an integer in 1..4096; got 0"),
+        ({"input_bits": 9}, "input_bits must be an integer in 2..8; got 9"),
+        ({"adc_bits": 0}, "adc_bits must be an integer in 1..16"),
+        ({"encoding": "offset"}, "encoding must be one of 'twos_complement', 'sign_magnitude'; got 'offset'"),
+        ({"mismatch": -0.1}, r"mismatch must be a number in 0.0..1.0; got -0.1"),
+        ({"stuck_at_zero": 0.7, "stuck_at_one": 0.7}, "sum is above 1"),
+        ({"mapping": "learned", "weight_bits": 8}, "has weight_bits of 4 to 7 planes; got 8"),
+        ({"mapping": "one_hot", "rows": 48}, "rows that divide the 64 weights"),
+        ({"chip_seed": "a"}, "chip_seed must be an integer"),
+    ],
+)
+def test_what_is_not_accepted_is_said(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CIMConfig(**arguments)
+
+
+def test_presets_and_dicts():
+    with pytest.raises(ValueError, match="no preset 'nosy'; known are 'ideal', "):
+        CIMConfig.preset("nosy")
+    with pytest.raises(ValueError, match="no 'adc_bit'; the nearest is 'adc_bits'"):
+        CIMConfig.from_dict({"adc_bit": 3})
+    config = CIMConfig.preset("nvm", chip_seed=3)
+    assert CIMConfig.from_dict(config.to_dict()) == config
+    assert CIMConfig().to_dict() == {}
