@@ -3,6 +3,7 @@ The checkpoint: one folder, two readers.
 
     config.json, model*.safetensors     a vanilla bitsandbytes checkpoint (4-bit NF4 or 8-bit)
     adapter_config.json, adapter_model.safetensors     a plain PEFT LoRA adapter: the surrogates
+    deflation.safetensors               where the backbone runs deflated: what surrogates take out of its input
     polarize_config.json                what only this library knows: provenance, ranks, errors, results
 
 transformers, peft and bitsandbytes alone load it with the same logits. Nothing in it is a pickle.
@@ -24,7 +25,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations.peft import PeftAdapterMixin
@@ -34,14 +35,16 @@ from transformers.utils import cached_file
 
 from .backbone import backbone_layers
 from .configuration import PolarizeConfig, SurrogateConfig
+from .deflation import attach_deflation, removed_directions
 from .quantizer import BackboneHfQuantizer
 from .surrogate import SURROGATE, core_model, factor_dtype, factors, surrogate_adapter, surrogates, target_modules
 
 SIDECAR = "polarize_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+DEFLATION = "deflation.safetensors"
 WEIGHTS = ("model.safetensors", "model-[0-9]*-of-[0-9]*.safetensors")
-OWN_FILES = (*WEIGHTS, "model.safetensors.index.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+OWN_FILES = (*WEIGHTS, "model.safetensors.index.json", ADAPTER_CONFIG, ADAPTER_WEIGHTS, DEFLATION)
 """What an earlier checkpoint may have left, by name or pattern: files that a reader would take for ours."""
 FORMAT_VERSION = 1
 DOWNLOAD_ARGUMENTS = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
@@ -149,6 +152,9 @@ def _load_surrogates(
         if keys:
             raise ValueError(f"the adapter of {peft_model_id} has {what} keys: {few(keys)}")
     check_finite(model)
+    removed = cached_file(peft_model_id, DEFLATION, _raise_exceptions_for_missing_entries=False, **download)
+    if removed:
+        attach_deflation(model, load_file(removed))
     sidecar = cached_file(peft_model_id, SIDECAR, _raise_exceptions_for_missing_entries=False, **download)
     model.polarization = read_json(Path(sidecar)) if sidecar else {}
     return info
@@ -297,6 +303,10 @@ def _write_surrogates(model: nn.Module, folder: Path) -> None:
     save_file(state, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     config = core.peft_config[surrogate_adapter(model)]
     write_json(folder / ADAPTER_CONFIG, plain_adapter_config(config, target_modules(core, set(pairs))))
+    removed = removed_directions(core)
+    if removed:
+        state = {name: r.to("cpu").contiguous() for name, r in removed.items()}
+        save_file(state, folder / DEFLATION, metadata={"format": "pt"})
     write_json(folder / SIDECAR, sidecar(model))
 
 

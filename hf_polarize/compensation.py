@@ -31,6 +31,8 @@ class Compensation:
         loss_before (`float`, *optional*): predicted loss of the backbone, 1/2 tr(G E H E^T), nats per prediction;
             `None` without G.
         gains (`list[float]`, *optional*): by how much each path lowers it.
+        r (`torch.Tensor` of shape `(in_features, r)`, *optional*): float32; what [`~hf_polarize.deflation`] takes out
+            of the backbone's input for each path.
     """
 
     a: torch.Tensor
@@ -38,6 +40,7 @@ class Compensation:
     errors: list[float]
     loss_before: float | None = None
     gains: list[float] | None = None
+    r: torch.Tensor | None = None
 
 
 def damped(covariance: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:

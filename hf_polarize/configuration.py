@@ -294,6 +294,9 @@ class ClosedForm:
             With gradients, weigh each calibration token by the norm of its gradient, layer by layer: those count whose
             errors do. See [`~hf_polarize.calibration.layer_statistics`].
         held_out (`int`, defaults to 8): samples of the calibration data that are kept back to choose by.
+        deflated (`bool`, defaults to `False`):
+            For a backbone on a chip or with rounded activations: take what the surrogate sees out of the backbone's
+            input, and solve for the noise of any such chip. See [`~hf_polarize.deflation`]. Ranks are uniform.
 
     Raises:
         ValueError: If a value is not accepted, or a choice has no statistics to go by.
@@ -307,8 +310,11 @@ class ClosedForm:
     gradients: bool = True
     weigh_tokens: bool = True
     held_out: int = 8
+    deflated: bool = False
 
     def __post_init__(self) -> None:
+        if self.deflated and self.allocation != "uniform":
+            raise ValueError('deflated paths have uniform ranks; set allocation="uniform"')
         if self.allocation not in ALLOCATIONS:
             raise choice_error("allocation", self.allocation, ALLOCATIONS)
         for name in ("alternations", "held_out"):
@@ -325,4 +331,4 @@ class ClosedForm:
     @property
     def chooses(self) -> bool:
         """Whether something is decided on held-out data."""
-        return self.two_sided or self.allocation == "sensitivity"
+        return (self.two_sided and not self.deflated) or self.allocation == "sensitivity"

@@ -50,6 +50,8 @@ class BackboneLayer(nn.Module):
     activations: str | None = None
     chip: Any = None
     """The simulated array that takes the place of the product; [`~hf_polarize.cim.hook.attach_cim`] sets it."""
+    deflation: Any = None
+    """What the surrogate takes out of the input first; [`~hf_polarize.deflation.attach_deflation`] sets it."""
     in_features: int
     out_features: int
     weight: Any
@@ -58,7 +60,13 @@ class BackboneLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.numel() == 0:  # an expert without a token; bitsandbytes' CPU kernel would end the process
             return x.new_zeros(*x.shape[:-1], self.out_features)
-        x = x.contiguous()  # that kernel takes rows at their first stride
+        if self.deflation is not None and (self.chip is not None or self.activations is not None):
+            return self.deflation(self, x)  # type: ignore[no-any-return]
+        return self.executed(x)
+
+    def executed(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply as this layer is set to run: on a chip, with rounded inputs, or plainly."""
+        x = x.contiguous()  # bitsandbytes' CPU kernel takes rows at their first stride
         if self.chip is not None:
             return self.chip(x, self.bias)  # type: ignore[no-any-return]
         return self.product(x if self.activations is None else fake_quantize(x, self.activations))
@@ -273,6 +281,8 @@ class BackboneLinear4bit(BackboneLayer, bnb.nn.Linear4bit):
         if self.free is not None:
             trained, self.free = self.free.detach(), None
             self._set_scales(trained)
+            if self.deflation is not None:
+                self.deflation.refresh(self)
 
     def _scaled(self, scales: torch.Tensor) -> torch.Tensor:
         """Return the weight with other block scales, float32."""

@@ -63,6 +63,17 @@ def bfloat16_products(model: PreTrainedModel) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
+@contextmanager
+def final_states(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
+    """Collect the final hidden states of the base model's forward passes."""
+    states: list[torch.Tensor] = []
+    handle = model.base_model.register_forward_hook(lambda module, args, output: states.append(output[0]))
+    try:
+        yield states
+    finally:
+        handle.remove()
+
+
 def is_text_model(model: PreTrainedModel) -> bool:
     return getattr(model, "main_input_name", "input_ids") == "input_ids"
 

@@ -12,9 +12,11 @@ import torch
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from .calibration import MEMORY_LIMIT, layer_statistics
+from .cim.hook import attach_cim
 from .compensation import Compensation
 from .configuration import ClosedForm, PolarizeConfig, SurrogateConfig
 from .data import calibration_batches, lengths, lines_per_window, spread
+from .deflation import check_deflated
 from .evaluation import HeldOut
 from .models import Batch, is_text_model
 from .plan import make_plan
@@ -87,6 +89,8 @@ def polarize(
         raise ValueError(f"max_tokens must hold at least one window; got window={window}, max_tokens={max_tokens}")
     plan = make_plan(model, config, surrogate, original)
     closed_form = closed_form or ClosedForm()
+    if closed_form.deflated:
+        check_deflated(plan.quantizer.quantization_config)
     processor = processor or load_processor(model)
     training = plan.original.training
     plan.original.eval()
@@ -105,7 +109,10 @@ def polarize(
             plan.original, batches, {name: plan.layers[name] for name in plan.ranks}, memory_limit,
             closed_form.gradients, closed_form.weigh_tokens, seed, plan.quantized(),
         )  # fmt: skip
+        chip = plan.quantizer.quantization_config.cim
         done = carry_out(model, plan, statistics, closed_form, yardstick, keep_layer_losses)
+        if chip is not None:
+            attach_cim(model, chip, batches)
     finally:
         plan.original.train(training)
     model.polarization = {

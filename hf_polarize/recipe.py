@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from .cim.configuration import PRESETS, CIMConfig
 from .configuration import ClosedForm, PolarizeConfig, SurrogateConfig
 from .data import read_texts
 from .self_text import SELF
@@ -70,6 +71,11 @@ class Recipe:
     backbone: str = _key("nf4", "format of the weights: nf4 or int8")
     double_quant: bool = _key(False, "store NF4 scales in 8 bits")
     activations: str | None = _key(None, "fake quantization of each backbone layer's input: int8 or nf4")
+    cim: str | dict[str, object] | None = _key(
+        None,
+        f"simulated chip under the backbone: one of {', '.join(PRESETS)}, or {{preset: NAME, what differs: value}}, "
+        "the arguments of CIMConfig",
+    )
     modules_to_not_convert: list[str] | None = _key(None, "names left alone; heads and tied layers if left out")
     r: int = _key(8, "rank of the surrogates")
     rank_pattern: dict[str, int] | None = _key(None, "ranks of single layers, {name or regular expression: rank}")
@@ -79,6 +85,9 @@ class Recipe:
     two_sided: bool = _key(False, "weigh output errors by gradients, per kind of layer where held-out data likes it")
     allocation: str = _key("uniform", "of ranks: uniform, or sensitivity (as many bytes, where they win most)")
     r_max: int = _key(32, "largest rank under allocation: sensitivity")
+    deflated: bool = _key(
+        False, "on a chip or with rounded activations: take what the surrogates see out of the backbone's input"
+    )
     gradients: bool = _key(True, "collect gradients on the calibration data, for all that goes by sensitivity")
     weigh_tokens: bool = _key(True, "with gradients, weigh calibration tokens by the norm of theirs")
     held_out: int = _key(12, "samples of the calibration data that are kept back to choose and to stop by")
@@ -221,7 +230,16 @@ class Recipe:
             double_quant=self.double_quant,
             activations=self.activations,
             modules_to_not_convert=self.modules_to_not_convert,
+            cim=self.chip(),
         )
+
+    def chip(self) -> CIMConfig | None:
+        """The chip that the recipe names, if any."""
+        if self.cim is None:
+            return None
+        values: dict[str, Any] = {"preset": self.cim} if isinstance(self.cim, str) else dict(self.cim)
+        preset = values.pop("preset", None)
+        return CIMConfig.from_dict(values) if preset is None else CIMConfig.preset(str(preset), **values)
 
     def surrogate_config(self) -> SurrogateConfig:
         return SurrogateConfig(r=self.r, rank_pattern=dict(self.rank_pattern or {}))

@@ -15,6 +15,7 @@ from .backbone import quantize_linear, weight_matrix
 from .calibration import Statistics
 from .compensation import OUTPUT_DAMPING, Compensation, LayerLoss, compensate, damped
 from .configuration import ClosedForm
+from .deflation import attach_deflation, deflate
 from .evaluation import HeldOut
 from .plan import Plan, surrogate_copy
 from .quantizer import release_memory
@@ -66,6 +67,11 @@ def solve(
             predicted = 0.5 * float((g @ error @ h * error).sum())
             if known.loss > 0 and predicted > 0:
                 g *= known.loss / predicted
+        if closed_form.deflated:
+            config = plan.quantizer.quantization_config
+            found.one_sided[name] = deflate(layer, weight, inputs, rank, config, closed_form, g)
+            bar.update()
+            return
         if closed_form.scale_search or closed_form.alternations:
             outputs = Covariance(g) if closed_form.two_sided and g is not None else None
             requantize(layer, weight, inputs, rank, closed_form.alternations, closed_form.scale_search, outputs)
@@ -230,6 +236,7 @@ def attach(
         others = {name: rank for name, rank in ranks.items() if rank != config.r}
         config = surrogate_copy(config, rank_pattern=others, alpha_pattern=dict(others))
     attach_surrogates(model, config, {name: truncated(s, ranks[name]) for name, s in solutions.items()})
+    attach_deflation(model, {name: s.r[:, : ranks[name]] for name, s in solutions.items() if s.r is not None})
 
 
 def kind(name: str) -> str:

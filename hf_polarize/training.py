@@ -15,6 +15,8 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, Traini
 from transformers.trainer_utils import get_last_checkpoint
 
 from .backbone import backbone_layers
+from .cim.hook import reset_reads
+from .cim.variation import SampledChips
 from .compensation import LayerLoss
 from .distillation import (
     HIDDEN,
@@ -30,7 +32,7 @@ from .distillation import (
     teacher_outputs,
 )
 from .formats import BackboneLinear4bit
-from .models import bfloat16_is_fast
+from .models import bfloat16_is_fast, final_states
 from .surrogate import core_model, factors
 
 PARTS = ("surrogate", "scales", "norms", "biases")
@@ -122,6 +124,10 @@ class PolarizeTrainer(Trainer):
         kl_weight, hidden_weight, layer_weight (`float`): of the three terms.
         layer_losses (`Mapping[str, LayerLoss]`, *optional*): by layer name, for `layer_weight`.
         rates (`Mapping[str, float]`, *optional*): learning rates as multiples of that of B, where not as in `RATES`.
+        sample_chips (`bool`, defaults to `True`):
+            With a model on a chip: every micro-batch runs on another chip of its kind (see
+            [`~hf_polarize.cim.variation.SampledChips`]), and evaluations on one of these, so that the surrogates suit
+            any. `False`: on the chip that is attached, which they then suit best.
         **kwargs: Trainer's.
     """
 
@@ -137,11 +143,13 @@ class PolarizeTrainer(Trainer):
         layer_weight: float = 0.0,
         layer_losses: Mapping[str, LayerLoss] | None = None,
         rates: Mapping[str, float] | None = None,
+        sample_chips: bool = True,
         **kwargs: Any,
     ) -> None:
         if layer_weight and not layer_losses:
             raise ValueError("layer_weight needs layer_losses: the statistics of a calibration")
         self.parts = trainable_parameters(model, train)
+        self.chips = SampledChips(model, args.seed) if sample_chips else None
         self.original = original.eval() if original is not None else None
         self.weights = {"kl": kl_weight, "hidden": hidden_weight, "layer": layer_weight}
         self.layer_losses = dict(layer_losses or {})
@@ -153,6 +161,7 @@ class PolarizeTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # micro-batches count alike, whatever their padding
         self.label_names: list[str] = []
         self.can_return_loss = True
+        self._micro_batches = 0
 
     optimizer: torch.optim.Optimizer | None
 
@@ -174,6 +183,26 @@ class PolarizeTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with without_dropout(core_model(self.model)):
             return super().train(*args, **kwargs)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.chips is None:
+            return super().training_step(*args, **kwargs)  # type: ignore[no-any-return]
+        self._micro_batches += 1
+        self.chips.take("training", self.args.process_index, self._micro_batches)
+        try:
+            return super().training_step(*args, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            self.chips.restore()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        if self.chips is None:
+            return super().evaluate(*args, **kwargs)  # type: ignore[no-any-return]
+        reset_reads(self.model)
+        self.chips.take("evaluation")
+        try:
+            return super().evaluate(*args, **kwargs)  # type: ignore[no-any-return]
+        finally:
+            self.chips.restore()
 
     def compute_loss(
         self,
@@ -255,17 +284,6 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
             setattr(module, name, value)
 
 
-@contextmanager
-def final_states(model: PreTrainedModel) -> Iterator[list[torch.Tensor]]:
-    """Collect the final hidden states of the base model's forward passes."""
-    states: list[torch.Tensor] = []
-    handle = model.base_model.register_forward_hook(lambda module, args, output: states.append(output[0]))
-    try:
-        yield states
-    finally:
-        handle.remove()
-
-
 def distill(
     model: nn.Module,
     data: Any,
@@ -282,6 +300,7 @@ def distill(
     layer_losses: Mapping[str, LayerLoss] | None = None,
     evaluations: int = 4,
     patience: int = 3,
+    sample_chips: bool = True,
     bf16: bool | None = None,
     seed: int = 0,
     resume: bool = False,
@@ -303,6 +322,7 @@ def distill(
         hidden_weight, layer_weight (`float`), layer_losses (`Mapping[str, LayerLoss]`): see [`PolarizeTrainer`].
         evaluations (`int`, defaults to 4): evaluations on the held-out data, and checkpoints.
         patience (`int`, defaults to 3): evaluations without a gain after which training stops.
+        sample_chips (`bool`, defaults to `True`): for a model on a chip, see [`PolarizeTrainer`].
         bf16 (`bool`, *optional*): mixed precision; where the device is fast in it if left out.
         seed (`int`, defaults to 0): of the order of the data.
         resume (`bool`, defaults to `False`): go on from the last checkpoint in the folder, if there is one.
@@ -327,7 +347,7 @@ def distill(
     )  # fmt: skip
     trainer = PolarizeTrainer(
         model, arguments, train=train, hidden_weight=hidden_weight, layer_weight=layer_weight,
-        layer_losses=layer_losses, train_dataset=data, eval_dataset=held_out,
+        layer_losses=layer_losses, sample_chips=sample_chips, train_dataset=data, eval_dataset=held_out,
         callbacks=[EarlyStoppingCallback(patience)],
     )  # fmt: skip
     before = {part: [p.detach().clone() for p in parameters] for part, parameters in trainer.parts.items()}

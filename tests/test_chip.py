@@ -164,7 +164,7 @@ def test_the_surrogate_stays_digital(tmp_path):
                 return both - layer(x)
 
     digital = surrogate()
-    attach_cim(model, NOISY.replace(read_noise=0.0))
+    attach_cim(model, NOISY.replace(read_noise=0.0, adc_bits=None))
     assert torch.allclose(surrogate(), digital, atol=1e-5)
 
 

@@ -267,7 +267,7 @@ class CIMConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"cim: there is no preset {name!r}; known are {', '.join(map(repr, PRESETS))}")
-        return cls(**{**PRESETS[name], **changes})
+        return cls.from_dict({**PRESETS[name], **changes})
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -277,7 +277,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "sram-28nm": {"v_dd": 0.9, "cell_capacitance": 1.2, "column_gain": 0.005, "column_offset": 0.1},
     "sram-16nm": {"v_dd": 0.8, "cell_capacitance": 0.8, "adc_noise": 0.7, "column_gain": 0.005, "column_offset": 0.1},
     # far worse than good silicon, so that there is something to repair
-    "noisy": {"encoding": "sign_magnitude", "adc_bits": 7, "mismatch": 0.2, "read_noise": 0.3},
+    "noisy": {"encoding": "sign_magnitude", "adc_bits": 10, "mismatch": 0.15, "read_noise": 0.02},
     # phase-change memory after a day: nu = 0.049 +- 0.008 for cells programmed to their largest conductance
     "nvm": {
         "encoding": "sign_magnitude", "adc_bits": 7, "mismatch": 0.03, "read_noise": 0.3,

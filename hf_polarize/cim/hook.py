@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -59,7 +60,23 @@ class OnChip:
         self.planes = planes if self.exact else None
         if not self.exact and bfloat16_is_fast(self.scale.device):  # integers of 8 bits are exact there
             self.fast.weight = self.fast.weight.bfloat16()
+        self.varied: torch.Tensor | None = None
         self.reset()
+
+    def vary(self, mean: torch.Tensor, std: torch.Tensor, generator: torch.Generator) -> None:
+        """
+        Take the weight of a chip that nobody made, by the fast model, until [`restore`].
+
+        Args:
+            mean, std (`torch.Tensor` of shape `(out, in)`): of the weights over chips.
+            generator (`torch.Generator`): draws the chip; on the CPU.
+        """
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        self.varied = torch.addcmul(mean, std, noise).to(self.fast.weight.dtype)
+
+    def restore(self) -> None:
+        """Take the weight of the own chip again."""
+        self.varied = None
 
     def reset(self) -> None:
         """Begin the noise of readings anew."""
@@ -76,7 +93,9 @@ class OnChip:
         """Return `(tokens, out)`, float32, without the bias."""
         self._move(x.device)
         q, scale = quantized_inputs(x, self.config.input_bits)
-        if self.planes is not None:
+        if self.varied is not None:
+            y = dataclasses.replace(self.fast, weight=self.varied)(q, self._reads)
+        elif self.planes is not None:
             y = exact_product(q, self.planes, self.scale, self.config, self.converter, self._reads).float()
         else:
             y = self.fast(q, self._reads)
@@ -94,13 +113,13 @@ class _OnChipProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, chip: OnChip) -> torch.Tensor:
-        ctx.chip = chip
+        ctx.chip, ctx.varied = chip, chip.varied
         return chip.product(x)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = grad_outputs
-        weight = ctx.chip.fast.weight
+        weight = ctx.chip.fast.weight if ctx.varied is None else ctx.varied
         return (gradient.to(weight.dtype) @ weight).to(gradient.dtype), None
 
 

@@ -9,10 +9,11 @@ from functools import lru_cache
 
 import torch
 
+from ..formats import BackboneLayer
 from .array import Converter, exact_product
 from .chip import Plane, nominal_factor
 from .configuration import CIMConfig
-from .planes import integer_planes, quantized_inputs
+from .planes import grouped_weights, integer_planes, quantized_inputs, weight_code
 
 SAMPLED_TOKENS, SAMPLED_COLUMNS = 64, 64
 """What of a layer is run by the exact model to fit and to judge the fast one."""
@@ -281,3 +282,34 @@ def _fit(
     if kurtosis > LARGEST_KURTOSIS:
         return f"readings err too seldom for normal noise (excess kurtosis {kurtosis:.1f})"
     return None
+
+
+def chip_moments(layer: BackboneLayer, config: CIMConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Return the mean and the variance of each weight over chips, `(out, in)`, and the variance of readings, `(out,)`.
+
+    The latter is that of an output for integer inputs, `sum_g scale_g^2 S_w S_x (noise^2 + step^2 / 12)`, with S the
+    sums of the squared significances of the planes. An ADC that tells whole counts apart adds nothing as long as
+    counts are whole.
+
+    Args:
+        layer ([`~hf_polarize.formats.BackboneLayer`]): the backbone's.
+        config ([`CIMConfig`]): of the chips.
+    """
+    levels = layer.levels()
+    indices, scale = grouped_weights(layer.units(), layer.block_scales(), layer.block_size, config, levels)
+    code, indices = weight_code(config, levels), indices.int()
+    squared = code.significance.square()
+    active = ((code.cells != 0).double() @ squared).float().to(scale.device)
+    values = (code.cells.double() @ code.significance).float().to(scale.device)
+    wires = nominal_factor(config, scale.device) / config.drift
+    mean = values[indices] * scale[..., None] * wires
+    variance = config.static_variance * active[indices] * (scale[..., None] * wires).square()
+    inputs = integer_planes(torch.zeros(1), config.input_bits, config.encoding)[1].square().sum()
+    reading = (config.reading_noise / config.drift) ** 2
+    if config.adc_bits is not None:
+        step = config.span / 2**config.adc_bits / config.drift
+        whole = config.static_variance == 0 and config.column_gain == 0 and bool((wires == 1).all())
+        reading += 0.0 if whole and step <= 1 else step**2 / 12
+    random = scale.square().sum(1) * float(inputs * squared.sum()) * reading
+    return mean.flatten(1)[:, : layer.in_features], variance.flatten(1)[:, : layer.in_features], random

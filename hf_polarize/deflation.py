@@ -1,0 +1,216 @@
+"""
+Deflated execution: what a surrogate computes anyway is taken out of the backbone's input.
+
+    z = A x,   y = backbone(x - R z) + Q R z + B z,   B = (W - Q) R
+
+On an exact backbone this is Q x + B A x, for any R: every reader may leave R out. On a noisy one it is not the same:
+the array, or the rounding of its inputs, never sees the few directions that carry most of the input's energy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .cim.moments import chip_moments
+from .compensation import Compensation, damped
+from .configuration import ClosedForm, PolarizeConfig
+from .formats import BackboneLayer
+from .requantization import requantize
+from .rounding import Covariance
+from .surrogate import surrogates
+
+CREST = 6.0
+"""Largest magnitude of a deflated token by its root mean square, for the noise that is proportional to it."""
+ACTIVATION_STEPS = {"int8": 1 / 127, "nf4": 1 / 7.5}
+"""Mean distance of neighbouring levels of rounded activations, as a share of the largest."""
+
+
+class Deflation:
+    """
+    Run a backbone layer deflated by the surrogate beside it.
+
+    Args:
+        layer ([`~hf_polarize.formats.BackboneLayer`]): the backbone's.
+        a (`nn.Module`): the first factor of the surrogate, a linear layer with the weight A `(r, in)`.
+        r (`torch.Tensor` of shape `(in, r)`): R, float32.
+    """
+
+    def __init__(self, layer: BackboneLayer, a: nn.Module, r: torch.Tensor) -> None:
+        self.a, self.r = a, r.float()
+        self.refresh(layer)
+
+    def refresh(self, layer: BackboneLayer) -> None:
+        """Compute Q R `(out, r)` from what the layer holds now."""
+        weight = layer.dequantized().float()
+        self.r = self.r.to(weight.device)
+        self.qr = weight @ self.r
+
+    def __call__(self, layer: BackboneLayer, x: torch.Tensor) -> torch.Tensor:
+        weight: torch.Tensor = self.a.weight  # type: ignore[assignment]
+        if self.r.device != x.device:
+            self.r, self.qr = self.r.to(x.device), self.qr.to(x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            z = x.float() @ weight.float().T
+            rest = (x.float() - z @ self.r.T).to(x.dtype)
+            back = z @ self.qr.T
+        return layer.executed(rest) + back.to(x.dtype)
+
+
+def attach_deflation(core: nn.Module, removed: Mapping[str, torch.Tensor]) -> None:
+    """
+    Let layers run deflated, wherever they run on a chip or with rounded activations.
+
+    Args:
+        core (`PreTrainedModel`): with one surrogate beside each of the layers.
+        removed (`Mapping[str, torch.Tensor]`): R `(in, r)` by layer name.
+
+    Raises:
+        ValueError: If a layer has no surrogate of that rank.
+    """
+    found = {name: (layer, adapter) for name, layer, adapter in surrogates(core)}
+    for name, r in removed.items():
+        layer, adapter = found.get(name, (None, ""))
+        if layer is None or layer.lora_A[adapter].weight.shape != r.T.shape:
+            raise ValueError(f"no surrogate of rank {r.shape[1]} stands beside {name}: it can't run deflated")
+        base: BackboneLayer = layer.get_base_layer()  # type: ignore[assignment]
+        base.deflation = Deflation(base, layer.lora_A[adapter], r)
+
+
+def removed_directions(core: nn.Module) -> dict[str, torch.Tensor]:
+    """Return R of every layer that runs deflated, by name."""
+    bases = {name: layer.get_base_layer() for name, layer, _ in surrogates(core)}
+    return {name: base.deflation.r for name, base in bases.items() if base.deflation is not None}  # type: ignore[union-attr]
+
+
+def deflating_path(metric: torch.Tensor, covariance: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
+    """
+    Find A and R that leave least of the error: the minimum of tr(M (I - R A) H (I - R A)^T).
+
+    With M = K K^T and H = L L^T it is the truncated singular value decomposition U S V^T of K^T L:
+    A = V_r^T L^(-1), R = K^(-T) U_r S_r. With M = E^T E it is QERA-exact (arXiv 2410.06040, theorem 1), B A = E R A.
+
+    Args:
+        metric (`torch.Tensor` of shape `(in, in)`): M, positive definite, float64.
+        covariance (`torch.Tensor` of shape `(in, in)`): H, positive definite, float64.
+        rank (`int`): r.
+
+    Returns:
+        A `(r, in)`, R `(in, r)`, and the singular values S `(r,)`, whose squares are what each path takes back.
+    """
+    k, low = torch.linalg.cholesky(metric), torch.linalg.cholesky(covariance)
+    x = k.T @ low
+    values, vectors = torch.linalg.eigh(x.T @ x)
+    v = vectors[:, -rank:].flip(1)
+    s = values[-rank:].flip(0).clamp(min=0).sqrt()
+    a = torch.linalg.solve_triangular(low, v.T, upper=False, left=False)
+    r = torch.linalg.solve_triangular(k.T, x @ v, upper=True)
+    balance = s.sqrt().clamp(min=1e-30)  # as the other closed forms share the singular values
+    return a * balance[:, None], r / balance, s
+
+
+def execution_noise(layer: BackboneLayer, config: PolarizeConfig, importance: torch.Tensor) -> torch.Tensor:
+    """
+    Return what the execution of a layer adds to M: the variance of its output per variance of each input.
+
+    Mismatch makes the weight q_ij vary by V_ij, so input j is worth sum_i g_i V_ij. Noise of readings, of the ADC and
+    of rounded inputs is as large as a token's scale, (CREST / largest integer)^2 times its mean square: it is shared
+    by all inputs alike.
+
+    Args:
+        layer ([`~hf_polarize.formats.BackboneLayer`]): the backbone's.
+        config ([`PolarizeConfig`]): with `cim` or `activations`.
+        importance (`torch.Tensor` of shape `(out,)`): g, the diagonal of G; ones without.
+
+    Returns:
+        `torch.Tensor` of shape `(in,)`, float64.
+    """
+    weight = layer.dequantized().double()
+    g = importance.to(weight)
+    squares = g @ weight.square()
+    if config.cim is None:
+        step = ACTIVATION_STEPS[config.activations or "int8"]
+        return torch.full_like(squares, float(squares.sum()) * (CREST * step) ** 2 / 12 / len(squares))
+    _, static, random = (moment.double() for moment in chip_moments(layer, config.cim))
+    largest = 2 ** (config.cim.input_bits - 1) - 1
+    shared = float(g @ random) + float(squares.sum()) / 12
+    noise: torch.Tensor = g @ static + shared * (CREST / largest) ** 2 / len(squares)
+    return noise
+
+
+def deflate(
+    layer: BackboneLayer,
+    weight: torch.Tensor,
+    inputs: Covariance,
+    rank: int,
+    config: PolarizeConfig,
+    closed_form: ClosedForm,
+    output_covariance: torch.Tensor | None = None,
+) -> Compensation:
+    """
+    Find the deflating path of a layer that runs on any chip of a kind, and the backbone that suits it.
+
+    M = E^T G E + diag(c), c of [`execution_noise`]: A and R by [`deflating_path`], then codes and scales for what is
+    left of the input, H' = (I - R A) H (I - R A)^T, then A and R once more.
+
+    Args:
+        layer ([`~hf_polarize.formats.BackboneLayer`]): holds W, quantized; changed in place.
+        weight (`torch.Tensor` of shape `(out, in)`): W.
+        inputs ([`~hf_polarize.rounding.Covariance`]): H.
+        rank (`int`): r.
+        config ([`PolarizeConfig`]): with `cim` or `activations`.
+        closed_form ([`ClosedForm`]): `alternations` and `scale_search` of the backbone.
+        output_covariance (`torch.Tensor` of shape `(out, out)`, *optional*): G, damped, float64; I if left out.
+
+    Returns:
+        [`~hf_polarize.compensation.Compensation`]: with `r`; its errors and losses are those expected on the chip.
+    """
+    w, h, g = weight.double(), inputs.matrix, output_covariance
+    outputs = Covariance(g) if g is not None and closed_form.two_sided else None
+    identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
+
+    def metric(weighted: bool = True) -> torch.Tensor:
+        error = w - layer.dequantized().double()
+        known = g if weighted else None
+        importance = torch.ones_like(w[:, 0]) if known is None else known.diagonal()
+        seen = error if known is None else known @ error
+        m = error.T @ seen
+        noise = execution_noise(layer, config, importance)
+        return m + torch.diag(noise + 1e-6 * (m.diagonal().mean() + noise.mean()))
+
+    m = metric()
+    a, r, s = deflating_path(m, h, rank)
+    if closed_form.scale_search or closed_form.alternations:
+        rest = identity - r @ a
+        requantize(
+            layer, weight, Covariance(damped(rest @ h @ rest.T)), 0, closed_form.alternations,
+            closed_form.scale_search, outputs,
+        )  # fmt: skip
+        m = metric()
+        a, r, s = deflating_path(m, h, rank)
+    b = (w - layer.dequantized().double()) @ r
+    plain, size = metric(weighted=False), float(((w @ h) * w).sum())
+    left = [identity - r[:, :k] @ a[:k] for k in (0, rank)]
+    errors = [float(((plain @ rest @ h) * rest).sum() / size) ** 0.5 if size else 0.0 for rest in left]
+    return Compensation(
+        a=a.float(), b=b.float(), errors=[errors[0], *[errors[1]] * rank],
+        loss_before=None if g is None else float((m * h).sum()) / 2,
+        gains=None if g is None else (s.square() / 2).tolist(), r=r.float(),
+    )  # fmt: skip
+
+
+def check_deflated(config: Any) -> None:
+    """
+    Make sure that deflation has something to work against.
+
+    Raises:
+        ValueError: If the backbone runs exactly.
+    """
+    if config.cim is None and config.activations is None:
+        raise ValueError(
+            "deflated=True takes what a surrogate sees out of the input of a noisy backbone: give the PolarizeConfig "
+            "a chip (cim=CIMConfig(...)) or rounded activations"
+        )

@@ -1,0 +1,172 @@
+"""Deflated execution: exact where the backbone is, and better than any other path of its rank where it is not."""
+
+import pytest
+import torch
+from conftest import output, tiny_inputs, tiny_model
+from transformers import AutoModelForCausalLM
+
+from hf_polarize import (
+    CIMConfig,
+    ClosedForm,
+    PolarizeConfig,
+    SurrogateConfig,
+    attach_cim,
+    detach_cim,
+    polarize,
+    save_polarized,
+)
+from hf_polarize.backbone import quantize_linear
+from hf_polarize.compensation import compensate, damped
+from hf_polarize.deflation import Deflation, deflate, deflating_path
+from hf_polarize.rounding import Covariance
+from hf_polarize.surrogate import factors
+
+NOISY = CIMConfig.preset("noisy")
+DEFLATED = ClosedForm(deflated=True)
+
+
+def covariance(size, seed=0):
+    """Return a covariance with few strong directions, as inputs of transformers have."""
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.randn(size, size, generator=generator, dtype=torch.float64) * torch.arange(1, size + 1) ** -1.5
+    return damped(factor @ factor.T * size)
+
+
+def batches():
+    return [tiny_inputs(tiny_model("llama-tied"), n=8)]
+
+
+def polarized(**arguments):
+    return polarize(
+        tiny_model("llama-tied"), batches(), PolarizeConfig(**arguments), SurrogateConfig(r=4), DEFLATED,
+        max_tokens=256, window=32,
+    )  # fmt: skip
+
+
+def test_the_path_is_the_truncated_decomposition():
+    """Against numpy-like float64: no other pair of factors leaves less of tr(M (I - R A) H (I - R A)^T)."""
+    m, h = covariance(24, 1), covariance(24, 2)
+    a, r, s = deflating_path(m, h, 5)
+
+    def left(removed):
+        rest = torch.eye(24, dtype=torch.float64) - removed
+        return float(torch.trace(m @ rest @ h @ rest.T))
+
+    values = torch.linalg.svdvals(torch.linalg.cholesky(m).T @ torch.linalg.cholesky(h))
+    assert left(r @ a) == pytest.approx(float(values[5:].square().sum()), rel=1e-9)
+    assert torch.allclose(s, values[:5])
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        step = [1e-3 * torch.randn(t.shape, generator=generator, dtype=torch.float64) * t.abs().mean() for t in (r, a)]
+        assert left((r + step[0]) @ (a + step[1])) > left(r @ a)
+
+
+def test_without_noise_it_is_the_plain_closed_form():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(40, 24, generator=generator)
+    error = 0.1 * torch.randn(40, 24, generator=generator).double()
+    h = covariance(24)
+    plain = compensate(weight, error, h, 4)
+    a, r, _ = deflating_path(error.T @ error, h, 4)
+    assert torch.allclose((error @ r @ a).float(), plain.b @ plain.a, atol=1e-5)
+
+
+def test_off_the_chip_nothing_is_removed():
+    """Every reader computes the same: Q x + B A x."""
+    model = polarized(cim=NOISY)
+    inputs = tiny_inputs(model)
+    detach_cim(model)
+    before = output(model, inputs)
+    for name in factors(model):
+        model.get_submodule(name).get_base_layer().deflation = None
+    assert torch.equal(output(model, inputs), before)
+
+
+def test_on_an_ideal_chip_it_is_what_is_computed_off_it():
+    model = polarized(cim=CIMConfig.preset("ideal", mapping="one_hot"))
+    layer = model.model.layers[0].mlp.down_proj
+    x = torch.randn(50, layer.in_features, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        chip = layer(x)
+        detach_cim(model)
+        digital = layer(x)
+    assert float((chip - digital).norm() / digital.norm()) < 0.02  # inputs of 8 bits
+
+
+@pytest.mark.parametrize(
+    "chip",
+    [
+        NOISY,
+        NOISY.replace(read_noise=0.3),
+        NOISY.replace(read_noise=0.0, adc_bits=None),
+        CIMConfig(mismatch=0.02, read_noise=0.0, adc_bits=None),
+    ],
+)
+def test_the_expected_error_is_that_of_many_chips(chip):
+    """The closed form's own figure against chips that are made and run, and against the plain path of its rank."""
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(128, 96, bias=False)
+    linear.weight = torch.nn.Parameter(torch.randn(96, 128, generator=generator) * 0.1)
+    h = covariance(128)
+    x = torch.randn(400, 128, generator=generator) @ torch.linalg.cholesky(h).float().T
+    config = PolarizeConfig(cim=chip)
+    weight = linear.weight.detach()
+    layer = quantize_linear(linear, config)
+    solution = deflate(layer, weight, Covariance(h), 8, config, ClosedForm(deflated=True))
+    plain = compensate(weight, weight.double() - layer.dequantized().double(), h, 8)
+    exact = x @ weight.T
+
+    def error(a, b, r):
+        from hf_polarize.cim.hook import OnChip
+
+        found: list[float] = []
+        first = torch.nn.Linear(128, 8, bias=False)
+        first.weight = torch.nn.Parameter(a, requires_grad=False)
+        for seed in range(12):
+            layer.chip = OnChip(layer, "layer", chip.replace(chip_seed=seed))
+            layer.deflation = None if r is None else Deflation(layer, first, r)
+            with torch.no_grad():
+                y = layer(x) + (x @ a.T) @ b.T
+            found.append(float((y - exact).square().mean() / exact.square().mean()))
+        return (sum(found) / len(found)) ** 0.5
+
+    deflated = error(solution.a, solution.b, solution.r)
+    if chip.read_noise == 0:  # how large readings are beside it depends on the largest input of each token
+        assert deflated == pytest.approx(solution.errors[-1], rel=0.1)
+    assert deflated < 0.8 * error(plain.a, plain.b, None)
+
+
+@pytest.mark.parametrize("activations", ["int8", "nf4"])
+def test_rounded_activations_lose_less(activations):
+    model = polarized(activations=activations)
+    inputs = tiny_inputs(model)
+    layers = [model.get_submodule(name).get_base_layer() for name in factors(model)]
+    deflated = output(model, inputs)
+    for layer in layers:
+        layer.deflation = None
+    rounded = output(model, inputs)
+    for layer in layers:
+        layer.activations = None
+    exact = output(model, inputs)
+    assert float((deflated - exact).norm()) < 0.9 * float((rounded - exact).norm())
+
+
+def test_a_checkpoint_keeps_what_is_removed(tmp_path):
+    model = polarized(cim=NOISY)
+    inputs = tiny_inputs(model)
+    here = output(model, inputs)
+    save_polarized(model, tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(output(again, inputs), here)
+    attach_cim(again, NOISY.replace(chip_seed=9))
+    assert not torch.equal(output(again, inputs), here)
+    plain = polarize(tiny_model("llama-tied"), batches(), max_tokens=256, window=32)
+    save_polarized(plain, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out" / "deflation.safetensors").exists()
+
+
+def test_there_must_be_something_to_deflate_against():
+    with pytest.raises(ValueError, match="takes what a surrogate sees out of the input of a noisy backbone"):
+        polarized()
+    with pytest.raises(ValueError, match="deflated paths have uniform ranks"):
+        ClosedForm(deflated=True, allocation="sensitivity")
