@@ -1,4 +1,4 @@
-"""hf-polarize: run a recipe, look into a checkpoint, upload it."""
+"""hf-polarize: run a recipe, compare methods, bill a chip, look into a checkpoint, upload it."""
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ def build_parser() -> argparse.ArgumentParser:
     compare.add_argument("recipe", help="YAML file")
     compare.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file")
 
+    energy = commands.add_parser(
+        "energy",
+        help="add up the energy of a model on a chip",
+        description="Itemise the energy per token of a recipe's model on its chip (key cim). Keys are those of run.",
+    )
+    energy.add_argument("recipe", help="YAML file")
+    energy.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file")
+
     info = commands.add_parser("info", help="tell what is in a checkpoint")
     info.add_argument("directory", help="folder of a polarized checkpoint")
 
@@ -58,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.epilog = f"recipe keys and their defaults:\n\n{describe_keys()}"
     options = parser.parse_args(argv)
     try:
-        return {"run": _run, "compare": _compare, "info": _info, "push": _push}[options.command](options)
+        functions = {"run": _run, "compare": _compare, "energy": _energy, "info": _info, "push": _push}
+        return functions[options.command](options)
     except KeyboardInterrupt:
         print("hf-polarize: interrupted", file=sys.stderr)
         return 130
@@ -116,6 +125,19 @@ def _compare(options: argparse.Namespace) -> int:
     folder = Path(recipe.output_dir)
     print((folder / "comparison.md").read_text(encoding="utf-8"))
     print(f"comparison.json, comparison.md and plots are in {folder}/")
+    return 0
+
+
+def _energy(options: argparse.Namespace) -> int:
+    from .cim.energy_report import energy_recipe
+    from .recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    energy_recipe(recipe, shlex.join(["hf-polarize", "energy", options.recipe, *options.overrides]))
+    folder = Path(recipe.output_dir)
+    text = (folder / "energy.md").read_text(encoding="utf-8")
+    print(text.partition("## Layers")[0].rstrip())
+    print(f"\nenergy.json, energy.md (with layers and constants) and plots are in {folder}/")
     return 0
 
 

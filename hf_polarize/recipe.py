@@ -138,6 +138,10 @@ class Recipe:
     compare_ranks: list[int] = _key([2, 4, 8, 16, 32], "ranks of its curve")
     compare_tokens: list[int] = _key([2048, 8192, 32768, 131072], "calibration tokens of its curve")
 
+    energy_node: float = _key(16.0, "nm, 7..45, of hf-polarize energy: logic and converters")
+    energy_digital: str = _key("bf16", "its arithmetic outside the array: fp16, bf16 or int8")
+    energy_context: int = _key(512, "its tokens that attention looks back on")
+
     output_dir: str = _key("out", "folder for the checkpoint, metrics.json, report.md and plots; must be empty")
     overwrite: bool = _key(False, "write into an output folder that is not empty")
     push_to: str | None = _key(None, "Hub repository user/name to upload the checkpoint to")

@@ -1,0 +1,288 @@
+"""The energy bill of a model on a chip, item by item, every constant with its source."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .configuration import CIMConfig
+from .planes import integer_planes, weight_code
+
+ITEMS = ("array", "ADC", "shift-add", "scales", "surrogate", "deflation", "other layers", "attention")
+"""Of a bill, in the order of the tables."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A number that a bill rests on: its value, unit, source, and the node and voltage that it was given for."""
+
+    value: float
+    unit: str
+    source: str
+    node: str
+    voltage: str
+
+
+HOROWITZ = "Horowitz, ISSCC 2014, multiply and add"
+JOUPPI = "Jouppi et al., ISCA 2021 (Ten lessons), multiply and add"
+NODES = (45, 28, 16, 7)
+MAC = {
+    ("fp16", 45): Constant(1.5, "pJ", HOROWITZ, "45 nm", "0.9 V"),
+    ("fp16", 7): Constant(0.50, "pJ", JOUPPI, "7 nm", "nominal"),
+    ("bf16", 7): Constant(0.32, "pJ", JOUPPI, "7 nm", "nominal"),
+    ("int8", 45): Constant(0.23, "pJ", HOROWITZ, "45 nm", "0.9 V"),
+    ("int8", 7): Constant(0.077, "pJ", JOUPPI, "7 nm", "nominal"),
+}
+"""Digital multiply-accumulates as they were published; [`digital_mac`] goes between them."""
+ADC_LINEAR = Constant(100.0, "fJ / V^2 / bit", "ZigZag-IMC, k1 of its ADC model", "28 nm", "times V_DD^2")
+ADC_EXPONENTIAL = Constant(0.001, "fJ / V^2 / 4^bit", "ZigZag-IMC, k2 of its ADC model", "28 nm", "times V_DD^2")
+SHIFT_ADD = Constant(17.5, "fJ / reading", "middle of 15 to 20 fJ for bit-serial arrays", "28 nm", "0.9 V")
+ACTIVITY = Constant(0.25, "share of cells", "half of the input bits times half of the weight bits are 1", "any", "any")
+PAPER = Constant(
+    464.0, "TOPS/W", "arXiv 2411.05845, abstract, rank 8; its derivation is not public", "16 nm class", ""
+)
+
+
+def digital_mac(kind: str, node: float) -> Constant:
+    """
+    Return the energy of a digital multiply-accumulate, pJ.
+
+    Between the nodes that were published it follows a power of the node (a straight line in logarithms). bf16 has one
+    node; others are as far from it as those of fp16.
+
+    Args:
+        kind (`str`): `"fp16"`, `"bf16"` or `"int8"`.
+        node (`float`): nm, 7..45.
+
+    Raises:
+        ValueError: If the kind or the node is out of range.
+    """
+    known = {n: constant for (k, n), constant in MAC.items() if k == kind}
+    if not known or not 7 <= node <= 45:
+        raise ValueError(f"a digital MAC is of fp16, bf16 or int8, at 7 to 45 nm; got {kind!r} at {node} nm")
+    if node in known:
+        return known[int(node)]
+    ends = {k: (MAC[k, 7].value, MAC[k, 45].value) for k in ("fp16", "int8")}
+    low, high = ends["fp16" if kind == "bf16" else kind]
+    power = math.log(high / low) / math.log(45 / 7)
+    anchor = MAC[kind, 7]
+    source = f"{anchor.source}; scaled from 7 nm by the power of the node that leads to {HOROWITZ}"
+    return Constant(anchor.value * (node / 7) ** power, "pJ", source, f"{node:g} nm", "nominal")
+
+
+@dataclass(frozen=True)
+class EnergyConfig:
+    """
+    What a bill assumes beside the chip.
+
+    Args:
+        node (`float`, defaults to 16): nm, 7..45, of all logic and converters.
+        digital (`str`, defaults to `"bf16"`): arithmetic of the surrogate, the scales and the layers off the chip.
+        context (`int`, defaults to 512): tokens that attention looks back on.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    node: float = 16
+    digital: str = "bf16"
+    context: int = 512
+
+    def __post_init__(self) -> None:
+        digital_mac(self.digital, self.node)
+        if self.context < 1:
+            raise ValueError(f"context must be at least 1 token; got {self.context}")
+
+
+@dataclass
+class LayerShape:
+    """A linear layer: its name, sizes, rank of its surrogate (0: none), and whether it is on the chip and deflated."""
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int = 0
+    on_chip: bool = True
+    deflated: bool = False
+
+
+def layer_energy(layer: LayerShape, chip: CIMConfig, energy: EnergyConfig, planes: int) -> dict[str, float]:
+    """
+    Return the items of one layer's bill for one token, pJ.
+
+    With B_x and B_w planes of inputs and weights, C the cell, N rows and G = ceil(in / N) groups of rows:
+
+        array      B_x B_w out in * activity * C V^2
+        ADC        B_x B_w out G * (100 b + 0.001 * 4^b) V^2 * node / 28
+        shift-add  B_x B_w out G * 17.5 fJ * node / 28
+        scales     out G multiply-accumulates
+        surrogate  r (in + out) multiply-accumulates
+        deflation  r (in + out) more: R z and Q R z
+
+    Args:
+        layer ([`LayerShape`]): the layer.
+        chip ([`CIMConfig`]): that it runs on.
+        energy ([`EnergyConfig`]): what else is assumed.
+        planes (`int`): of the weight.
+    """
+    mac = digital_mac(energy.digital, energy.node).value
+    bill = dict.fromkeys(ITEMS, 0.0)
+    paths = layer.rank * (layer.in_features + layer.out_features) * mac
+    bill["surrogate"] = paths
+    if not layer.on_chip:
+        bill["other layers"] = layer.out_features * layer.in_features * mac
+        return bill
+    pairs = len(integer_planes(torch.zeros(1), chip.input_bits, chip.encoding)[1]) * planes
+    groups = -(-layer.in_features // chip.rows)
+    readings = pairs * layer.out_features * groups
+    scale = energy.node / 28
+    bits = chip.adc_bits or 16
+    adc = (ADC_LINEAR.value * bits + ADC_EXPONENTIAL.value * 4**bits) * chip.v_dd**2 * scale
+    cell = ACTIVITY.value * chip.cell_capacitance * chip.v_dd**2
+    bill["array"] = pairs * layer.out_features * layer.in_features * cell * 1e-3
+    bill["ADC"] = readings * adc * 1e-3
+    bill["shift-add"] = readings * SHIFT_ADD.value * scale * 1e-3
+    bill["scales"] = layer.out_features * groups * mac
+    bill["deflation"] = paths if layer.deflated else 0.0
+    return bill
+
+
+@dataclass
+class Bill:
+    """
+    The bill of a model for one token.
+
+    Attributes:
+        layers (`dict[str, dict[str, float]]`): items of each layer, pJ.
+        macs (`int`): multiply-accumulates of the original model, those of attention included.
+        chip ([`CIMConfig`]), energy ([`EnergyConfig`]): what it was computed for.
+        bits (`tuple[int, int]`): of inputs and weights, for the normalised figure.
+    """
+
+    layers: dict[str, dict[str, float]]
+    macs: int
+    chip: CIMConfig
+    energy: EnergyConfig
+    bits: tuple[int, int]
+    shapes: list[LayerShape] = field(default_factory=list)
+
+    def totals(self) -> dict[str, float]:
+        """Return the sum of each item over layers, pJ."""
+        return {item: sum(bill[item] for bill in self.layers.values()) for item in ITEMS}
+
+    @property
+    def total(self) -> float:
+        """pJ per token."""
+        return sum(self.totals().values())
+
+    @property
+    def tops_per_watt(self) -> float:
+        """Two operations per multiply-accumulate, of all those of the original model; 2 MACs / pJ."""
+        return 2 * self.macs / self.total
+
+    def caps(self) -> dict[str, float]:
+        """Return the TOPS/W that would be left if only one item cost anything."""
+        return {item: 2 * self.macs / value for item, value in self.totals().items() if value}
+
+    def to_dict(self) -> dict[str, Any]:
+        totals = self.totals()
+        return {
+            "pJ per token": self.total,
+            "TOPS/W": self.tops_per_watt,
+            "TOPS/W, 1 bit": self.tops_per_watt * self.bits[0] * self.bits[1],
+            "MACs per token": self.macs,
+            "totals": totals,
+            "caps": self.caps(),
+            "largest item": max(totals, key=lambda item: totals[item]),
+            "chip": self.chip.to_dict(),
+            "assumptions": asdict(self.energy),
+            "layers": self.layers,
+        }
+
+
+def bill_of(shapes: list[LayerShape], attention: int, chip: CIMConfig, energy: EnergyConfig, nf4: bool) -> Bill:
+    """
+    Add up the bill of a model.
+
+    Args:
+        shapes (`list[LayerShape]`): of its linear layers.
+        attention (`int`): multiply-accumulates of attention per token, at `energy.context`.
+        chip ([`CIMConfig`]), energy ([`EnergyConfig`]): what to assume.
+        nf4 (`bool`): whether the backbone is NF4; INT8 always has the grid of `weight_bits`.
+    """
+    from bitsandbytes.functional import get_4bit_type
+
+    mapped = chip if nf4 else chip.replace(mapping="grid")
+    planes = len(weight_code(mapped, get_4bit_type("nf4", device="cpu")).significance)
+    layers = {shape.name: layer_energy(shape, chip, energy, planes) for shape in shapes}
+    macs = attention + sum(shape.out_features * shape.in_features for shape in shapes)
+    if attention:
+        mac = digital_mac(energy.digital, energy.node).value
+        layers["attention"] = {**dict.fromkeys(ITEMS, 0.0), "attention": attention * mac}
+    return Bill(layers, macs, chip, energy, (chip.input_bits, 4 if nf4 else chip.weight_bits), shapes)
+
+
+def paper_section(bill: Bill) -> dict[str, Any]:
+    """
+    Set the paper's 464 TOPS/W beside what this bill gives, and say what would have to hold.
+
+    It is 2 / 464 = 4.31 fJ for each multiply-accumulate of the backbone's layers, everything included. What is left of
+    that for a digital multiply-accumulate of the surrogate, with everything else as in the bill and with everything
+    else free, is the assumption that would have to hold.
+    """
+    on_chip = [shape for shape in bill.shapes if shape.on_chip]
+    macs = sum(shape.out_features * shape.in_features for shape in on_chip)
+    paths = sum(shape.rank * (shape.in_features + shape.out_features) for shape in on_chip)
+    layers = [bill.layers[shape.name] for shape in on_chip]
+    spent = {item: 1e3 * sum(layer[item] for layer in layers) / macs for item in ITEMS}
+    claimed = 2e3 / PAPER.value  # fJ per MAC
+    analog = sum(value for item, value in spent.items() if item not in ("surrogate", "deflation"))
+    share = paths / macs
+    return {
+        "claim, TOPS/W": PAPER.value,
+        "claim, fJ per MAC": claimed,
+        "backbone layers here, TOPS/W": 2e3 / sum(spent.values()),
+        "fJ per MAC here": {item: value for item, value in spent.items() if value},
+        "share of surrogate MACs": share,
+        "cap of the surrogate alone, TOPS/W": {
+            f"{kind}, {node} nm": 2 / (share * digital_mac(kind, node).value)
+            for kind in ("fp16", "bf16", "int8")
+            for node in NODES
+        } if share else {},
+        "surrogate MAC that the claim leaves, fJ, everything else free": claimed / share if share else math.inf,
+        "surrogate MAC that the claim leaves, fJ, everything else as here": (claimed - analog) / share
+        if share
+        else -math.inf,
+        "source": PAPER.source,
+    }  # fmt: skip
+
+
+def model_shapes(
+    model: nn.Module, chosen: Mapping[str, nn.Module], ranks: Mapping[str, int], deflated: bool
+) -> list[LayerShape]:
+    """Return the shapes of a model's linear layers: those chosen are on the chip."""
+    from ..backbone import is_convertible, weight_matrix
+
+    shapes = []
+    for name, module in model.named_modules():
+        if is_convertible(module):
+            out_features, in_features = weight_matrix(module).shape
+            rank = ranks.get(name, 0)
+            shapes.append(LayerShape(name, out_features, in_features, rank, name in chosen, deflated and rank > 0))
+    return shapes
+
+
+def attention_macs(config: Any, context: int) -> int:
+    """Return the multiply-accumulates of attention per token: scores and sums over `context` tokens, all layers."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    layers = getattr(text, "num_hidden_layers", None)
+    if not heads or not layers:
+        return 0
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return int(2 * context * heads * size * layers)

@@ -1,0 +1,221 @@
+"""hf-polarize energy: the bill of a recipe's model as a table, a file and plots."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import read_json, write_json
+from ..configuration import SurrogateConfig
+from ..pipeline import load_model
+from ..plan import make_plan
+from ..recipe import Recipe
+from ..report import markdown_table
+from .configuration import CIMConfig
+from .energy import (
+    ACTIVITY,
+    ADC_EXPONENTIAL,
+    ADC_LINEAR,
+    ITEMS,
+    MAC,
+    NODES,
+    SHIFT_ADD,
+    Bill,
+    EnergyConfig,
+    attention_macs,
+    bill_of,
+    model_shapes,
+    paper_section,
+)
+
+RANKS = (0, 2, 4, 8, 16, 32)
+"""Of the table of ranks."""
+
+
+def energy_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
+    """
+    Compute the energy bill of a recipe's model and chip; leave `energy.json`, `energy.md` and plots in its folder.
+
+    Args:
+        recipe ([`~hf_polarize.recipe.Recipe`]): with `cim`; `energy_node`, `energy_digital` and `energy_context` are
+            for this alone.
+        command (`str`): how to run it again.
+
+    Returns:
+        `dict`: the content of `energy.json`.
+
+    Raises:
+        ValueError: If the recipe names no chip.
+    """
+    chip = recipe.chip()
+    if chip is None:
+        raise ValueError("the energy of what? Name a chip in the recipe, for instance cim=sram-16nm")
+    assumed = EnergyConfig(recipe.energy_node, recipe.energy_digital, recipe.energy_context)
+    folder = Path(recipe.output_dir)
+    model, _ = load_model(recipe)
+    plan = make_plan(model, recipe.polarize_config(), recipe.surrogate_config())
+    attention = attention_macs(model.config, assumed.context)
+    nf4 = recipe.backbone == "nf4"
+
+    def bill(energy: EnergyConfig = assumed, ranks: dict[str, int] | None = None) -> Bill:
+        shapes = model_shapes(model, plan.layers, plan.ranks if ranks is None else ranks, recipe.deflated)
+        return bill_of(shapes, attention, chip, energy, nf4)
+
+    main = bill()
+    at_rank = {rank: bill(ranks=_ranks(model, recipe, rank)) for rank in RANKS}
+    at_node = {node: bill(replace(assumed, node=node)) for node in NODES}
+    record = {
+        **main.to_dict(),
+        "ranks": {str(rank): {"TOPS/W": b.tops_per_watt, "pJ per token": b.total} for rank, b in at_rank.items()},
+        "nodes": {str(node): {"TOPS/W": b.tops_per_watt, "totals": b.totals()} for node, b in at_node.items()},
+        "paper": paper_section(main),
+        "constants": _constants(),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "energy.json", record)
+    _plot_nodes(at_node, folder / "energy.png")
+    pictures = ["![energy per token by node](energy.png)"]
+    if (folder / "sweep.json").is_file():
+        points = _accuracy(read_json(folder / "sweep.json"), at_rank)
+        if points:
+            _plot_pareto(points, folder / "pareto.png")
+            pictures.append("![loss against energy over rank](pareto.png)")
+    (folder / "energy.md").write_text(_text(recipe, main, record, chip, pictures, command), encoding="utf-8")
+    return record
+
+
+def _ranks(model: Any, recipe: Recipe, rank: int) -> dict[str, int]:
+    if not rank:
+        return {}
+    return make_plan(model, recipe.polarize_config(), SurrogateConfig(r=rank)).ranks
+
+
+def _constants() -> list[dict[str, Any]]:
+    named = {
+        "ADC, linear": ADC_LINEAR, "ADC, exponential": ADC_EXPONENTIAL, "shift-add": SHIFT_ADD, "activity": ACTIVITY,
+        **{f"digital MAC, {kind}, {node} nm": constant for (kind, node), constant in MAC.items()},
+    }  # fmt: skip
+    return [{"name": name, **vars(constant)} for name, constant in named.items()]
+
+
+def _accuracy(sweep: dict[str, Any], at_rank: dict[int, Bill]) -> dict[str, list[tuple[float, float]]]:
+    """Return (energy per token, mean loss) of each method over the ranks that were swept."""
+    points: dict[str, dict[int, list[float]]] = {}
+    for row in sweep["results"]:
+        if set(row["setting"]) == {"r"} and row["setting"]["r"] in at_rank:
+            points.setdefault(row["method"], {}).setdefault(row["setting"]["r"], []).append(row["loss"])
+    return {
+        method: [(at_rank[rank].total, sum(losses) / len(losses)) for rank, losses in sorted(by_rank.items())]
+        for method, by_rank in points.items()
+        if len(by_rank) > 1
+    }
+
+
+def _plot_nodes(at_node: dict[int, Bill], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.8), layout="constrained")
+    axis = figure.subplots()
+    left, places = [0.0] * len(at_node), range(len(at_node))
+    for item in ITEMS:
+        sizes = [bill.totals()[item] * 1e-6 for bill in at_node.values()]
+        axis.barh(places, sizes, left=left, label=item)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    for place, end, bill in zip(places, left, at_node.values(), strict=True):
+        axis.text(end, place, f" {bill.tops_per_watt:.1f} TOPS/W", va="center", fontsize=8)
+    axis.set_yticks(places, [f"{node} nm" for node in at_node])
+    axis.set_xlim(right=1.25 * max(left))
+    axis.set_xlabel("µJ per token")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _plot_pareto(points: dict[str, list[tuple[float, float]]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    axis = figure.subplots()
+    for method, line in points.items():
+        axis.plot([x * 1e-6 for x, _ in line], [y for _, y in line], "o-", label=method, markersize=4)
+    axis.set_xlabel("µJ per token")
+    axis.set_ylabel("loss, nats per token")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def _text(
+    recipe: Recipe, bill: Bill, record: dict[str, Any], chip: CIMConfig, pictures: list[str], command: str
+) -> str:
+    totals, total = bill.totals(), bill.total
+    items = markdown_table(
+        ["item", "µJ per token", "share", "TOPS/W if it alone cost anything"],
+        [
+            [item, f"{value * 1e-6:.3f}", f"{100 * value / total:.1f} %", f"{bill.caps()[item]:.1f}" if value else ""]
+            for item, value in totals.items()
+        ],
+    )
+    ranks = markdown_table(
+        ["rank", "µJ per token", "TOPS/W"],
+        [[r, f"{one['pJ per token'] * 1e-6:.3f}", f"{one['TOPS/W']:.2f}"] for r, one in record["ranks"].items()],
+    )
+    layers = markdown_table(
+        ["layer", "pJ per token", *ITEMS],
+        [
+            [name, f"{sum(one.values()):.0f}", *(f"{one[item]:.0f}" for item in ITEMS)]
+            for name, one in bill.layers.items()
+        ],
+    )
+    paper = record["paper"]
+    caps = markdown_table(
+        ["arithmetic of the surrogate", "cap, TOPS/W"],
+        [[name, f"{value:.0f}"] for name, value in paper["cap of the surrogate alone, TOPS/W"].items()],
+    )
+    constants = markdown_table(
+        ["constant", "value", "unit", "node", "voltage", "source"],
+        [[c["name"], f"{c['value']:g}", c["unit"], c["node"], c["voltage"], c["source"]] for c in record["constants"]],
+    )
+    name = recipe.source()[2].rpartition("/")[2]
+    fed = "surrogate MAC that the claim leaves, fJ, everything else"
+    return f"""# {name}: energy per token
+
+{bill.tops_per_watt:.2f} TOPS/W ({record["TOPS/W, 1 bit"]:.0f} normalised to 1 bit), {total * 1e-6:.2f} µJ per token at
+{bill.energy.node:g} nm, {chip.v_dd:g} V, {bill.energy.digital} outside the array, attention over {bill.energy.context}
+tokens. The largest item is {record["largest item"]}. Two operations per multiply-accumulate of the original model; all
+items count.
+
+{items}
+
+{ranks}
+
+{chr(10).join(pictures)}
+
+## The paper's claim
+
+arXiv 2411.05845 claims about {paper["claim, TOPS/W"]:g} TOPS/W at rank 8, which is {paper["claim, fJ per MAC"]:.2f} fJ
+for each multiply-accumulate. The layers on the chip come to {paper["backbone layers here, TOPS/W"]:.1f} TOPS/W under
+the assumptions here. Surrogates do {100 * paper["share of surrogate MACs"]:.2f} % of their multiply-accumulates. For
+the claim to hold here, one of these may cost {paper[f"{fed} free"]:.0f} fJ if everything else is free, and
+{paper[f"{fed} as here"]:.0f} fJ if everything else costs what it costs here (below zero: it can't hold).
+
+{caps}
+
+## Layers, pJ per token
+
+{layers}
+
+## Constants
+
+{constants}
+
+Converters, shift-and-add and digital arithmetic between the nodes that were published are scaled: the former two with
+the node, the latter with the power of the node that joins 45 and 7 nm. The cell is the chip's own
+({chip.cell_capacitance:g} fF).
+
+## How to run this again
+
+```
+{command}
+```
+"""

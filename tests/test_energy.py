@@ -1,0 +1,95 @@
+"""The bill of a chip against arithmetic by hand."""
+
+import json
+
+import pytest
+from conftest import tiny_model
+
+from hf_polarize import CIMConfig
+from hf_polarize.cim.energy import EnergyConfig, LayerShape, attention_macs, bill_of, digital_mac, paper_section
+from hf_polarize.cli import main
+
+CHIP = CIMConfig(rows=64, adc_bits=6, v_dd=0.8, cell_capacitance=1.0)
+SEVEN = EnergyConfig(node=7, digital="bf16", context=10)
+
+
+def test_three_layers_by_hand():
+    """8 x 8 planes, 64 rows, a 6-bit ADC at 0.8 V and 7 nm, 1 fF; BF16 at 0.32 pJ. All in pJ."""
+    shapes = [
+        LayerShape("a", 100, 128, rank=8, deflated=True),
+        LayerShape("b", 10, 65, rank=0),
+        LayerShape("head", 1000, 100, on_chip=False),
+    ]
+    bill = bill_of(shapes, 500, CHIP, SEVEN, nf4=True)
+    adc = (100 * 6 + 0.001 * 4096) * 0.64 * 7 / 28 * 1e-3  # 0.0966 pJ a reading
+    shift_add = 17.5 * 7 / 28 * 1e-3
+    cell = 0.25 * 1.0 * 0.64 * 1e-3  # 0.16 fJ
+    a, b, head = bill.layers["a"], bill.layers["b"], bill.layers["head"]
+    assert a["array"] == pytest.approx(64 * 100 * 128 * cell)
+    assert a["ADC"] == pytest.approx(64 * 100 * 2 * adc)
+    assert a["shift-add"] == pytest.approx(64 * 100 * 2 * shift_add)
+    assert a["scales"] == pytest.approx(100 * 2 * 0.32)
+    assert a["surrogate"] == a["deflation"] == pytest.approx(8 * 228 * 0.32)
+    assert b["ADC"] == pytest.approx(64 * 10 * 2 * adc)  # 65 rows are two groups
+    assert b["surrogate"] == b["deflation"] == 0
+    assert head["other layers"] == pytest.approx(100000 * 0.32)
+    assert bill.layers["attention"]["attention"] == pytest.approx(500 * 0.32)
+    assert bill.total == pytest.approx(sum(sum(layer.values()) for layer in bill.layers.values()))
+    assert bill.macs == 12800 + 650 + 100000 + 500
+    assert bill.tops_per_watt == pytest.approx(2 * bill.macs / bill.total)
+    assert bill.caps()["ADC"] == pytest.approx(2 * bill.macs / (a["ADC"] + b["ADC"]))
+
+
+def test_planes_follow_the_encoding_and_the_mapping():
+    def adc(**changes):
+        return bill_of([LayerShape("a", 8, 64)], 0, CHIP.replace(**changes), SEVEN, nf4=True).totals()["ADC"]
+
+    assert adc(encoding="sign_magnitude") == pytest.approx(adc() * 49 / 64)
+    assert adc(mapping="one_hot") == pytest.approx(adc() * 15 / 8)
+    assert adc(input_bits=4, weight_bits=4) == pytest.approx(adc() / 4)
+
+
+def test_what_the_surrogate_alone_allows():
+    """The known caps at d = 768 and r = 8: f = 2.08 %."""
+    bill = bill_of([LayerShape("a", 768, 768, rank=8)], 0, CHIP, SEVEN, nf4=True)
+    paper = paper_section(bill)
+    caps = paper["cap of the surrogate alone, TOPS/W"]
+    assert paper["share of surrogate MACs"] == pytest.approx(0.0208, abs=1e-4)
+    assert paper["claim, fJ per MAC"] == pytest.approx(4.31, abs=0.005)
+    known = {"fp16, 45 nm": 64, "fp16, 7 nm": 192, "bf16, 7 nm": 300, "int8, 45 nm": 417, "int8, 7 nm": 1247}
+    for name, value in known.items():
+        assert caps[name] == pytest.approx(value, rel=0.01)
+    # a surrogate that costs what is left, and nothing else, makes the claim
+    assert 2e3 / (0.0208333 * paper["surrogate MAC that the claim leaves, fJ, everything else free"]) == pytest.approx(
+        464, rel=1e-4
+    )
+
+
+def test_digital_arithmetic_between_the_nodes():
+    assert digital_mac("fp16", 45).value == 1.5
+    assert 0.5 < digital_mac("fp16", 16).value < digital_mac("fp16", 28).value < 1.5
+    assert digital_mac("bf16", 45).value == pytest.approx(0.32 * 1.5 / 0.5)
+    with pytest.raises(ValueError, match="fp16, bf16 or int8, at 7 to 45 nm; got 'fp8' at 7 nm"):
+        EnergyConfig(node=7, digital="fp8")
+
+
+def test_attention_counts_its_context():
+    config = tiny_model("llama-tied").config  # 2 layers, 4 heads of 16
+    assert attention_macs(config, 10) == 2 * 10 * 64 * 2
+
+
+def test_the_command(tmp_path, capsys, tokenizer):
+    tiny_model("llama-tied").save_pretrained(tmp_path / "model")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {tmp_path / 'model'}\nr: 4\ncim: sram-16nm\noutput_dir: {tmp_path / 'out'}\n")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert main(["energy", str(recipe), "cim=null"]) == 1
+    assert "Name a chip in the recipe" in capsys.readouterr().err
+    assert main(["energy", str(recipe)]) == 0
+    shown = capsys.readouterr().out
+    assert "The largest item is" in shown
+    assert "464 TOPS/W at rank 8" in shown
+    record = json.loads((tmp_path / "out" / "energy.json").read_text())
+    assert record["pJ per token"] == pytest.approx(sum(record["totals"].values()))
+    assert (tmp_path / "out" / "energy.png").stat().st_size > 5000
+    assert all(constant["source"] for constant in record["constants"])
