@@ -44,6 +44,17 @@ def build_parser() -> argparse.ArgumentParser:
     energy.add_argument("recipe", help="YAML file")
     energy.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file")
 
+    cim = commands.add_parser("cim", help="experiments on simulated chips")
+    experiments = cim.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
+    sweep = experiments.add_parser(
+        "sweep",
+        help="measure a model on many chips of many kinds",
+        description="Measure a recipe's model (key cim) on chips, over the grids of the key sweep. It goes on where "
+        "it was interrupted. Keys are those of run.",
+    )
+    sweep.add_argument("recipe", help="YAML file")
+    sweep.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file")
+
     info = commands.add_parser("info", help="tell what is in a checkpoint")
     info.add_argument("directory", help="folder of a polarized checkpoint")
 
@@ -66,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.epilog = f"recipe keys and their defaults:\n\n{describe_keys()}"
     options = parser.parse_args(argv)
     try:
-        functions = {"run": _run, "compare": _compare, "energy": _energy, "info": _info, "push": _push}
+        functions = {"run": _run, "compare": _compare, "energy": _energy, "cim": _sweep, "info": _info, "push": _push}
         return functions[options.command](options)
     except KeyboardInterrupt:
         print("hf-polarize: interrupted", file=sys.stderr)
@@ -125,6 +136,18 @@ def _compare(options: argparse.Namespace) -> int:
     folder = Path(recipe.output_dir)
     print((folder / "comparison.md").read_text(encoding="utf-8"))
     print(f"comparison.json, comparison.md and plots are in {folder}/")
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from .cim.sweep import sweep_recipe
+    from .recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    sweep_recipe(recipe, shlex.join(["hf-polarize", "cim", "sweep", options.recipe, *options.overrides]))
+    folder = Path(recipe.output_dir)
+    print((folder / "sweep.md").read_text(encoding="utf-8"))
+    print(f"sweep.json, sweep.csv, sweep.md and plots are in {folder}/")
     return 0
 
 

@@ -14,14 +14,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
+from .calibration import Statistics
 from .cim.moments import chip_moments
-from .compensation import Compensation, damped
+from .compensation import OUTPUT_DAMPING, Compensation, damped
 from .configuration import ClosedForm, PolarizeConfig
 from .formats import BackboneLayer
 from .requantization import requantize
 from .rounding import Covariance
-from .surrogate import surrogates
+from .surrogate import core_model, factors, surrogates
 
 CREST = 6.0
 """Largest magnitude of a deflated token by its root mean square, for the noise that is proportional to it."""
@@ -112,7 +114,9 @@ def deflating_path(metric: torch.Tensor, covariance: torch.Tensor, rank: int) ->
     return a * balance[:, None], r / balance, s
 
 
-def execution_noise(layer: BackboneLayer, config: PolarizeConfig, importance: torch.Tensor) -> torch.Tensor:
+def execution_noise(
+    layer: BackboneLayer, config: PolarizeConfig, importance: torch.Tensor, made: bool = False
+) -> torch.Tensor:
     """
     Return what the execution of a layer adds to M: the variance of its output per variance of each input.
 
@@ -124,6 +128,7 @@ def execution_noise(layer: BackboneLayer, config: PolarizeConfig, importance: to
         layer ([`~hf_polarize.formats.BackboneLayer`]): the backbone's.
         config ([`PolarizeConfig`]): with `cim` or `activations`.
         importance (`torch.Tensor` of shape `(out,)`): g, the diagonal of G; ones without.
+        made (`bool`): for one chip, whose weights are known; V is zero.
 
     Returns:
         `torch.Tensor` of shape `(in,)`, float64.
@@ -137,7 +142,7 @@ def execution_noise(layer: BackboneLayer, config: PolarizeConfig, importance: to
     _, static, random = (moment.double() for moment in chip_moments(layer, config.cim))
     largest = 2 ** (config.cim.input_bits - 1) - 1
     shared = float(g @ random) + float(squares.sum()) / 12
-    noise: torch.Tensor = g @ static + shared * (CREST / largest) ** 2 / len(squares)
+    noise: torch.Tensor = (0.0 if made else 1.0) * (g @ static) + shared * (CREST / largest) ** 2 / len(squares)
     return noise
 
 
@@ -200,6 +205,44 @@ def deflate(
         loss_before=None if g is None else float((m * h).sum()) / 2,
         gains=None if g is None else (s.square() / 2).tolist(), r=r.float(),
     )  # fmt: skip
+
+
+@torch.no_grad()
+def calibrate_to_chip(
+    model: nn.Module, weights: Mapping[str, torch.Tensor], statistics: Mapping[str, Statistics]
+) -> None:
+    """
+    Solve the surrogates of a deflated model anew for the one chip that it is attached to.
+
+    The static error of that chip, measured, takes the place of its variance over chips: E = W - W_chip, c of readings
+    alone. The backbone stays as it is.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): deflated and on a chip; A, R and B are changed in place.
+        weights (`Mapping[str, torch.Tensor]`): W `(out, in)` of the original's layers, by name.
+        statistics (`Mapping[str, Statistics]`): of [`~hf_polarize.calibration.layer_statistics`].
+
+    Raises:
+        ValueError: If a layer is on no chip, or not deflated.
+    """
+    core = core_model(model)
+    config: PolarizeConfig = core.config.quantization_config
+    for name, (a, b) in logging.tqdm(factors(core).items(), desc="calibrating to the chip", unit="layer"):
+        layer: BackboneLayer = core.get_submodule(name).get_base_layer()  # type: ignore[operator]
+        if layer.chip is None or layer.deflation is None:
+            raise ValueError(f"{name} is on no chip, or not deflated: polarize with deflated=True and a chip first")
+        known, w = statistics[name], weights[name].double()
+        error = w - layer.chip.fast.weight.double()
+        g = None if known.g is None else damped(known.g, OUTPUT_DAMPING)
+        importance = torch.ones_like(w[:, 0]) if g is None else g.diagonal()
+        m = error.T @ (error if g is None else g @ error)
+        noise = execution_noise(layer, config, importance, made=True)
+        noise = noise + 1e-6 * m.diagonal().mean()
+        first, r, _ = deflating_path(m + torch.diag(noise), damped(known.h), len(a))
+        a.copy_(first)
+        b.copy_((w - layer.dequantized().double()) @ r)
+        layer.deflation.r = r.float()
+        layer.deflation.refresh(layer)
 
 
 def check_deflated(config: Any) -> None:

@@ -112,7 +112,7 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     evaluator = Evaluator(model, recipe, evaluation, processor)
     original_bytes = sum(parameter.nbytes for parameter in model.parameters())
     original_bits = 8.0 * model.dtype.itemsize
-    with rounded_backbone(model, plan):
+    with rounded_backbone(model, plan, first):
         backbone, backbone_seconds = evaluator.measure(model, "backbone alone")
     replayed = None
     if recipe.replay:

@@ -50,6 +50,10 @@ COMPARED = (
 )
 
 
+SWEPT = ("backbone alone", "closed form", "deflated", "deflated, per chip")
+"""What a sweep measures on every chip."""
+
+
 def _key(default: Any, help: str) -> Any:
     metadata = {"help": help}
     if isinstance(default, list):
@@ -138,6 +142,18 @@ class Recipe:
     compare_ranks: list[int] = _key([2, 4, 8, 16, 32], "ranks of its curve")
     compare_tokens: list[int] = _key([2048, 8192, 32768, 131072], "calibration tokens of its curve")
 
+    sweep: list[dict[str, list]] = _key(
+        [
+            {"mismatch": [0.0, 0.05, 0.1, 0.15, 0.2, 0.3]},
+            {"adc_bits": [8, 9, 10, 11], "rows": [32, 64, 128]},
+            {"v_dd": [0.6, 0.7, 0.8, 0.9]},
+            {"r": [2, 4, 8, 16, 32]},
+        ],
+        "grids of hf-polarize cim sweep: each gives lists of values of arguments of CIMConfig, or of the rank r; the "
+        "others stay as they are in the recipe",
+    )
+    sweep_methods: list[str] = _key(list(SWEPT), f"what it measures, of {', '.join(SWEPT)}")
+    sweep_chips: int = _key(10, "chips of each setting, with seeds from cim.chip_seed on")
     energy_node: float = _key(16.0, "nm, 7..45, of hf-polarize energy: logic and converters")
     energy_digital: str = _key("bf16", "its arithmetic outside the array: fp16, bf16 or int8")
     energy_context: int = _key(512, "its tokens that attention looks back on")
@@ -165,6 +181,7 @@ class Recipe:
             "train_tokens",
             "train_batch_size",
             "patience",
+            "sweep_chips",
         ):
             if getattr(self, key) < 1:
                 raise ValueError(f"recipe key {key} must be at least 1; got {getattr(self, key)}")

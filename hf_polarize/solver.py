@@ -13,10 +13,12 @@ from transformers.utils import logging
 
 from .backbone import quantize_linear, weight_matrix
 from .calibration import Statistics
+from .cim.hook import attach_cim
 from .compensation import OUTPUT_DAMPING, Compensation, LayerLoss, compensate, damped
 from .configuration import ClosedForm
 from .deflation import attach_deflation, deflate
 from .evaluation import HeldOut
+from .models import Batch
 from .plan import Plan, surrogate_copy
 from .quantizer import release_memory
 from .requantization import requantize
@@ -154,15 +156,25 @@ def carry_out(
 
 
 @contextmanager
-def rounded_backbone(model: PreTrainedModel, plan: Plan) -> Iterator[None]:
-    """Run an original with the backbone that bitsandbytes makes of it inside this context, without surrogates."""
+def rounded_backbone(model: PreTrainedModel, plan: Plan, data: Iterable[Batch] | None = None) -> Iterator[None]:
+    """
+    Run an original with the backbone that bitsandbytes makes of it inside this context, without surrogates.
+
+    It runs on the chip of the plan's configuration, if there is one; `data` is what ranges of its ADC are measured on.
+    """
+    chip = plan.quantizer.quantization_config.cim
     try:
         for name, module in plan.layers.items():
             model.set_submodule(name, quantize_linear(module, plan.quantizer.quantization_config))
+        if chip is not None:
+            plan.quantizer.mark(model)
+            attach_cim(model, chip, data)
         yield
     finally:
         for name, module in plan.layers.items():
             model.set_submodule(name, module)
+        if chip is not None:
+            plan.quantizer.remove_quantization_config(model)
         release_memory()
 
 

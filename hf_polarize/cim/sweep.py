@@ -1,0 +1,300 @@
+"""hf-polarize cim sweep: what chips of many kinds do to a model, and what its surrogates take back."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..backbone import weight_matrix
+from ..calibration import Statistics, layer_statistics
+from ..checkpoint import prepare_folder, read_json, write_json
+from ..configuration import SurrogateConfig
+from ..deflation import calibrate_to_chip
+from ..models import Batch
+from ..pipeline import Evaluator, load_model, recipe_batches
+from ..plan import make_plan
+from ..recipe import SWEPT, Recipe, load_data
+from ..report import markdown_table
+from ..solver import carry_out, rounded_backbone
+from .configuration import CIMConfig
+from .hook import attach_cim
+
+BACKBONE, CLOSED, DEFLATED, PER_CHIP = SWEPT
+FREE = ("overwrite", "output_dir", "sweep", "sweep_methods", "sweep_chips")
+"""Keys that may differ where a sweep goes on."""
+
+
+def settings(recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Yield what differs from the recipe in each setting, `{}` first for the recipe's own."""
+    yield {}
+    for grid in recipe.sweep:
+        for values in itertools.product(*grid.values()):
+            yield dict(zip(grid, values, strict=True))
+
+
+def setting_of(recipe: Recipe, setting: dict[str, Any]) -> tuple[CIMConfig, int]:
+    """
+    Return the chip and the rank of a setting.
+
+    Raises:
+        ValueError: If it names what is not there, or what has no effect.
+    """
+    changes = dict(setting)
+    rank = int(changes.pop("r", recipe.r))
+    chip = recipe.chip()
+    if chip is None:
+        raise ValueError("a sweep needs a chip to start from: name one in the recipe, for instance cim=noisy")
+    for name, derived in {"v_dd": "read_noise", "temperature": "read_noise", "cell_capacitance": "mismatch"}.items():
+        if name in changes and derived not in changes and getattr(chip, derived) is not None:
+            raise ValueError(
+                f"{name} acts through {derived}, which this chip sets to {getattr(chip, derived)}: give it as null to "
+                f"let it follow, cim={{preset: ..., {derived}: null}}"
+            )
+    values = {item: getattr(chip, item) for item in chip.__dataclass_fields__}
+    return CIMConfig.from_dict({**values, **changes}), rank
+
+
+def sweep_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
+    """
+    Measure every method on every chip of every setting; leave tables and plots in the recipe's folder.
+
+    `sweep.json` is written after each chip: an interruption loses one, and the same command goes on from there.
+
+    Args:
+        recipe ([`~hf_polarize.recipe.Recipe`]): with `cim`.
+        command (`str`): how to run it again.
+
+    Returns:
+        `dict`: the content of `sweep.json`.
+
+    Raises:
+        ValueError: Before any work, if a setting can't be.
+    """
+    unknown = [method for method in recipe.sweep_methods if method not in SWEPT]
+    if unknown or not recipe.sweep_methods:
+        raise ValueError(f"sweep_methods takes any of {', '.join(map(repr, SWEPT))}; got {recipe.sweep_methods}")
+    wanted = {_label(setting): (setting, *setting_of(recipe, setting)) for setting in settings(recipe)}
+    folder = Path(recipe.output_dir)
+    path = folder / "sweep.json"
+    prepare_folder(folder, recipe.overwrite or path.is_file() or (folder / "energy.json").is_file())
+    record = _resumed(path, asdict(recipe)) or {"recipe": asdict(recipe), "results": []}
+    calibration, evaluation = [load_data(name) for name in recipe.sources], load_data(recipe.evaluation)
+    model, processor = load_model(recipe)
+    make_plan(model, recipe.polarize_config(), SurrogateConfig(r=max(rank for _, _, rank in wanted.values())))
+    batches, _ = recipe_batches(replace(recipe, train=None, replay=0), model, calibration, processor)
+    evaluator = Evaluator(model, recipe, evaluation, processor)
+    record["original"], record["protocol"] = asdict(evaluator.original), evaluator.protocol
+    folder.mkdir(parents=True, exist_ok=True)
+    done = {(_label(row["setting"]), row["method"], row["chip_seed"]) for row in record["results"]}
+    tasks = [
+        (label, method, [s for s in _seeds(recipe) if (label, method, s) not in done])
+        for label in wanted
+        for method in recipe.sweep_methods
+    ]
+    known: dict[str, Statistics] = {}
+    with logging.tqdm(total=sum(len(seeds) for *_, seeds in tasks), desc="sweeping", unit="chip") as bar:
+        for label, method, seeds in tasks:
+            setting, chip, rank = wanted[label]
+            if seeds and method != BACKBONE and not known:
+                known = _statistics(recipe, model, batches)
+
+            def measure(measured: PreTrainedModel, seed: int, what: str = f"{method}, {label}") -> None:
+                quality = evaluator.held_out.measure(measured, what)
+                row = {"setting": setting, "method": method, "chip_seed": seed, "loss": quality.loss, "kl": quality.kl}  # noqa: B023
+                record["results"].append(row)
+                write_json(path, record)
+                bar.update()
+
+            if seeds:
+                _measure_chips(recipe, model, known, method, chip, rank, seeds, batches, measure)
+    write_sweep(folder, record, recipe, command)
+    return record
+
+
+def _measure_chips(
+    recipe: Recipe, model: PreTrainedModel, known: dict[str, Statistics], method: str, chip: CIMConfig, rank: int,
+    seeds: list[int], batches: list[Batch], measure: Any,
+) -> None:  # fmt: skip
+    """Make the model of a method once, and run it on every chip."""
+    config = recipe.polarize_config()
+    config.cim = chip
+    if method == BACKBONE:
+        plan = make_plan(model, config, SurrogateConfig(r=1))
+        for seed in seeds:
+            plan.quantizer.quantization_config.cim = chip.replace(chip_seed=seed)
+            with rounded_backbone(model, plan, batches):
+                measure(model, seed)
+        return
+    copied = copy.deepcopy(model)
+    plan = make_plan(copied, config, replace(recipe, r=rank, rank_pattern=None).surrogate_config())
+    weights = {}
+    if method == PER_CHIP:
+        weights = {name: weight_matrix(module).detach().clone() for name, module in plan.layers.items()}
+    closed_form = replace(recipe.closed_form(), deflated=method != CLOSED, allocation="uniform")
+    carry_out(copied, plan, [known], closed_form, None)
+    for seed in seeds:
+        attach_cim(copied, chip.replace(chip_seed=seed), batches)
+        if method == PER_CHIP:
+            calibrate_to_chip(copied, weights, known)
+        measure(copied, seed)
+
+
+def _statistics(recipe: Recipe, model: PreTrainedModel, batches: list[Batch]) -> dict[str, Statistics]:
+    plan = make_plan(model, recipe.polarize_config(), recipe.surrogate_config())
+    closed_form = recipe.closed_form()
+    parts = layer_statistics(
+        model, batches, plan.layers, 2**62, closed_form.gradients, closed_form.weigh_tokens, recipe.seed,
+        plan.quantized(),
+    )  # fmt: skip
+    return {name: known for part in parts for name, known in part.items()}
+
+
+def _seeds(recipe: Recipe) -> range:
+    chip = recipe.chip()
+    first = 0 if chip is None else chip.chip_seed
+    return range(first, first + recipe.sweep_chips)
+
+
+def _label(setting: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in setting.items()) or "the recipe's own"
+
+
+def _resumed(path: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the record of an interrupted sweep, if it is of the same recipe."""
+    if not path.is_file() or recipe["overwrite"]:
+        return None
+    record = read_json(path)
+    changed = [key for key in recipe if key not in FREE and record["recipe"].get(key) != recipe[key]]
+    if changed:
+        raise FileExistsError(
+            f'"{path}" is of a recipe with other {", ".join(changed)}; choose another output_dir, or overwrite=true'
+        )
+    return record
+
+
+def summary(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """
+    Return mean, standard deviation and worst of the loss, and the mean KL, over chips for each setting and method.
+
+    The share of the gap is `(backbone - method) / (backbone - original)`, of mean losses; for the worst chip it is the
+    least of those of single chips, each against the backbone on the same chip.
+    """
+    original = record["original"]["loss"]
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in record["results"]:
+        groups.setdefault((_label(row["setting"]), row["method"]), []).append(row)
+    rows = []
+    for (label, method), found in groups.items():
+        losses = torch.tensor([row["loss"] for row in found], dtype=torch.float64)
+        backbone = {row["chip_seed"]: row["loss"] for row in groups.get((label, BACKBONE), [])}
+        shares = [
+            (backbone[row["chip_seed"]] - row["loss"]) / (backbone[row["chip_seed"]] - original)
+            for row in found
+            if method != BACKBONE and backbone.get(row["chip_seed"], original) != original
+        ]
+        recovered = None
+        if shares:
+            before = _mean(backbone[row["chip_seed"]] for row in found if row["chip_seed"] in backbone)
+            after = _mean(row["loss"] for row in found if row["chip_seed"] in backbone)
+            recovered = (before - after) / (before - original)
+        rows.append(
+            {
+                "setting": found[0]["setting"], "label": label, "method": method, "chips": len(found),
+                "mean": float(losses.mean()), "std": float(losses.std()) if len(found) > 1 else 0.0,
+                "worst": float(losses.max()), "kl": None if found[0]["kl"] is None else _mean(r["kl"] for r in found),
+                "recovered": recovered, "recovered_worst": min(shares, default=None),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def write_sweep(folder: Path, record: dict[str, Any], recipe: Recipe, command: str) -> None:
+    """Write sweep.csv, sweep.md and a plot with bands for each swept argument."""
+    rows = summary(record)
+    with (folder / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["setting", "method", "chip_seed", "loss", "kl"])
+        for row in record["results"]:
+            writer.writerow([_label(row["setting"]), row["method"], row["chip_seed"], row["loss"], row["kl"]])
+    table = markdown_table(
+        ["setting", "method", "chips", "loss", "± over chips", "worst", "KL", "gap recovered", "on the worst chip"],
+        [
+            [
+                row["label"], row["method"], str(row["chips"]),
+                *("" if row[key] is None else f"{row[key]:.4f}" for key in ("mean", "std", "worst", "kl")),
+                *("" if row[key] is None else f"{100 * row[key]:.1f} %" for key in ("recovered", "recovered_worst")),
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+    pictures = []
+    for grid in recipe.sweep:
+        for name in _plots(folder, rows, list(grid), record["original"]["loss"], setting_of(recipe, {})):
+            pictures.append(f"![loss against {', '.join(grid)}]({name})")
+    name = recipe.source()[2].rpartition("/")[2]
+    text = f"""# {name} on chips
+
+Original: loss {record["original"]["loss"]:.4f}. {record["protocol"]}
+
+{table}
+
+{chr(10).join(pictures)}
+
+## How to run this again
+
+```
+{command}
+```
+"""
+    (folder / "sweep.md").write_text(text, encoding="utf-8")
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
+def _plots(
+    folder: Path, rows: list[dict[str, Any]], names: list[str], original: float, own: tuple[CIMConfig, int]
+) -> Iterator[str]:
+    """Plot the mean loss, a band of one standard deviation, and the worst chip, over the first of these arguments."""
+    from matplotlib.figure import Figure
+
+    of_grid = [row for row in rows if list(row["setting"]) == names]
+    others = sorted({tuple(row["setting"][name] for name in names[1:]) for row in of_grid})
+    if len({row["setting"][names[0]] for row in of_grid}) < 2:
+        return
+    figure = Figure(figsize=(1 + 4.6 * len(others), 4), layout="constrained")
+    axes = figure.subplots(1, len(others), sharey=True, squeeze=False)[0]
+    for axis, rest in zip(axes, others, strict=True):
+        for method in dict.fromkeys(row["method"] for row in of_grid):
+            points = sorted(
+                (row["setting"][names[0]], row["mean"], row["std"], row["worst"])
+                for row in of_grid
+                if row["method"] == method and tuple(row["setting"][name] for name in names[1:]) == rest
+            )
+            if not points:
+                continue
+            x, mean, std, worst = (list(values) for values in zip(*points, strict=True))
+            (line,) = axis.plot(x, mean, "o-", markersize=4, label=method)
+            low, high = ([m + sign * s for m, s in zip(mean, std, strict=True)] for sign in (-1, 1))
+            axis.fill_between(x, low, high, alpha=0.25, color=line.get_color())
+            axis.plot(x, worst, ":", color=line.get_color())
+        axis.axhline(original, color="0.0", linestyle="--", label="original")
+        axis.set_xlabel(names[0])
+        axis.set_title(", ".join(f"{name}={value}" for name, value in zip(names[1:], rest, strict=True)))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("loss, nats per token (dotted: worst chip)")
+    axes[0].legend(fontsize=8)
+    name = f"loss_against_{'_'.join(names)}.png"
+    figure.savefig(folder / name, dpi=130)
+    yield name

@@ -1,0 +1,102 @@
+"""Sweeps over chips, and runs on one, of a small model."""
+
+import itertools
+import json
+
+import pytest
+from conftest import TEXT, tiny_model
+
+from hf_polarize.cim.sweep import summary
+from hf_polarize.cli import main
+from hf_polarize.recipe import load_recipe
+
+
+@pytest.fixture
+def recipe(tokenizer, tmp_path):
+    tiny_model("llama-tied").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "calibration.txt").write_text("\n".join(TEXT))
+    (tmp_path / "evaluation.txt").write_text("\n".join(reversed(TEXT)))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"""model: {tmp_path / "model"}
+r: 4
+cim: noisy
+deflated: true
+two_sided: true
+calibration: {tmp_path / "calibration.txt"}
+evaluation: {tmp_path / "evaluation.txt"}
+max_tokens: 512
+window: 32
+evaluation_window: 32
+evaluation_windows: 4
+held_out: 2
+sweep: [{{mismatch: [0.1, 0.3]}}, {{r: [2, 8]}}]
+sweep_chips: 3
+output_dir: {tmp_path / "out"}
+"""
+    )
+    return str(path)
+
+
+def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
+    assert main(["cim", "sweep", recipe]) == 0
+    folder = tmp_path / "out"
+    record = json.loads((folder / "sweep.json").read_text())
+    assert len(record["results"]) == 5 * 4 * 3  # settings, methods, chips
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 60
+    assert (folder / "loss_against_mismatch.png").stat().st_size > 5000
+    assert "| mismatch=0.3 | deflated | 3 |" in (folder / "sweep.md").read_text()
+
+    kept = record["results"][:30]
+    (folder / "sweep.json").write_text(json.dumps({**record, "results": kept}))
+    assert main(["cim", "sweep", recipe]) == 0
+    again = json.loads((folder / "sweep.json").read_text())["results"]
+    assert again[:30] == kept
+    for before, after in zip(record["results"], again, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)  # the same chips
+
+    assert main(["cim", "sweep", recipe, "cim=nvm"]) == 1
+    assert "is of a recipe with other cim" in capsys.readouterr().err
+
+    rows = {(row["label"], row["method"]): row for row in summary(record)}
+    for label in ("the recipe's own", "mismatch=0.3"):
+        for better, worse in itertools.pairwise(("deflated", "closed form", "backbone alone")):
+            assert rows[label, better]["kl"] < rows[label, worse]["kl"]
+    assert rows["mismatch=0.1", "backbone alone"]["kl"] < rows["mismatch=0.3", "backbone alone"]["kl"]
+
+    assert main(["energy", recipe]) == 0
+    assert (folder / "pareto.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("cim=null", "a sweep needs a chip to start from"),
+        ("cim=nosy", "no preset 'nosy'"),
+        ("sweep=[{v_dd: [0.7]}]", "v_dd acts through read_noise, which this chip sets to 0.02"),
+        ("sweep=[{mismatc: [0.7]}]", "the nearest is 'mismatch'"),
+        ("sweep=[{adc_bits: [99]}]", "adc_bits must be an integer in 1..16; got 99"),
+        ("sweep_methods=[best]", "sweep_methods takes any of 'backbone alone'"),
+    ],
+)
+def test_what_can_not_be_swept_is_said_before_any_work(recipe, override, message, capsys):
+    assert main(["cim", "sweep", recipe, override]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_run_on_a_chip(recipe, tmp_path):
+    """The backbone alone is measured on the chip as well, and training is for any chip."""
+    assert main(["run", recipe, "train=[surrogate]", "train_tokens=256", "train_batch_size=2"]) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert main(["run", recipe, "cim=null", "deflated=false", f"output_dir={tmp_path / 'digital'}"]) == 0
+    digital = json.loads((tmp_path / "digital" / "metrics.json").read_text())
+    assert metrics["backbone"]["kl"] > digital["backbone"]["kl"]
+    assert metrics["closed_form"]["kl"] < metrics["backbone"]["kl"]
+    assert (tmp_path / "out" / "deflation.safetensors").is_file()
+
+
+def test_the_chip_of_a_recipe(recipe):
+    chip = load_recipe(recipe, ["cim={preset: noisy, mismatch: 0.3}"]).chip()
+    assert (chip.mismatch, chip.adc_bits) == (0.3, 10)
+    assert load_recipe(recipe, ["cim=null", "deflated=false"]).chip() is None
