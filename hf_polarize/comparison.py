@@ -154,6 +154,10 @@ def compare_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     """
     methods = recipe.compare_methods
     check_methods(methods)
+    if recipe.cim is not None or recipe.deflated:
+        raise ValueError(
+            "compare measures models off any chip: leave cim and deflated out, or see hf-polarize cim sweep"
+        )
     folder = Path(recipe.output_dir)
     prepare_folder(folder, recipe.overwrite or (folder / "comparison.json").is_file())
     calibration, evaluation = [load_data(name) for name in recipe.sources], load_data(recipe.evaluation)

@@ -296,7 +296,8 @@ class ClosedForm:
         held_out (`int`, defaults to 8): samples of the calibration data that are kept back to choose by.
         deflated (`bool`, defaults to `False`):
             For a backbone on a chip or with rounded activations: take what the surrogate sees out of the backbone's
-            input, and solve for the noise of any such chip. See [`~hf_polarize.deflation`]. Ranks are uniform.
+            input, and solve for the noise of any such chip. See [`~hf_polarize.deflation`]. What `"sensitivity"`
+            allocates by is then the predicted loss on the chip, and held-out data runs on it.
 
     Raises:
         ValueError: If a value is not accepted, or a choice has no statistics to go by.
@@ -313,8 +314,6 @@ class ClosedForm:
     deflated: bool = False
 
     def __post_init__(self) -> None:
-        if self.deflated and self.allocation != "uniform":
-            raise ValueError('deflated paths have uniform ranks; set allocation="uniform"')
         if self.allocation not in ALLOCATIONS:
             raise choice_error("allocation", self.allocation, ALLOCATIONS)
         for name in ("alternations", "held_out"):

@@ -151,6 +151,7 @@ def deflate(
     weight: torch.Tensor,
     inputs: Covariance,
     rank: int,
+    largest: int,
     config: PolarizeConfig,
     closed_form: ClosedForm,
     output_covariance: torch.Tensor | None = None,
@@ -165,7 +166,8 @@ def deflate(
         layer ([`~hf_polarize.formats.BackboneLayer`]): holds W, quantized; changed in place.
         weight (`torch.Tensor` of shape `(out, in)`): W.
         inputs ([`~hf_polarize.rounding.Covariance`]): H.
-        rank (`int`): r.
+        rank (`int`): r, for which the backbone is chosen.
+        largest (`int`): number of paths that are returned, for any rank up to it.
         config ([`PolarizeConfig`]): with `cim` or `activations`.
         closed_form ([`ClosedForm`]): `alternations` and `scale_search` of the backbone.
         output_covariance (`torch.Tensor` of shape `(out, out)`, *optional*): G, damped, float64; I if left out.
@@ -186,23 +188,25 @@ def deflate(
         noise = execution_noise(layer, config, importance)
         return m + torch.diag(noise + 1e-6 * (m.diagonal().mean() + noise.mean()))
 
-    m = metric()
-    a, r, s = deflating_path(m, h, rank)
     if closed_form.scale_search or closed_form.alternations:
+        a, r, _ = deflating_path(metric(), h, rank)
         rest = identity - r @ a
         requantize(
             layer, weight, Covariance(damped(rest @ h @ rest.T)), 0, closed_form.alternations,
             closed_form.scale_search, outputs,
         )  # fmt: skip
-        m = metric()
-        a, r, s = deflating_path(m, h, rank)
+    m, plain = metric(), metric(weighted=False)
+    a, r, s = deflating_path(m, h, largest)
     b = (w - layer.dequantized().double()) @ r
-    plain, size = metric(weighted=False), float(((w @ h) * w).sum())
-    left = [identity - r[:, :k] @ a[:k] for k in (0, rank)]
-    errors = [float(((plain @ rest @ h) * rest).sum() / size) ** 0.5 if size else 0.0 for rest in left]
+    # tr(M (I - R A) H (I - R A)^T), multiplied out, for every number of paths
+    ha, mr = h @ a.T, plain @ r
+    once, twice = (ha * mr).sum(0).cumsum(0), ((a @ ha) * (r.T @ mr)).cumsum(0).cumsum(1).diagonal()
+    left = torch.cat([once.new_zeros(1), twice - 2 * once]) + (plain * h).sum()
+    size = ((w @ h) * w).sum()
     return Compensation(
-        a=a.float(), b=b.float(), errors=[errors[0], *[errors[1]] * rank],
-        loss_before=None if g is None else float((m * h).sum()) / 2,
+        a=a.float(), b=b.float(),
+        errors=((left.clamp(min=0) / size).sqrt() if size > 0 else torch.zeros_like(left)).tolist(),
+        loss_before=None if g is None else 0.5 * float((m * h).sum()),
         gains=None if g is None else (s.square() / 2).tolist(), r=r.float(),
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .backbone import quantize_linear, weight_matrix
 from .calibration import Statistics
-from .cim.hook import attach_cim
+from .cim.hook import attach_cim, detach_cim
 from .compensation import OUTPUT_DAMPING, Compensation, LayerLoss, compensate, damped
 from .configuration import ClosedForm
 from .deflation import attach_deflation, deflate
@@ -71,7 +71,7 @@ def solve(
                 g *= known.loss / predicted
         if closed_form.deflated:
             config = plan.quantizer.quantization_config
-            found.one_sided[name] = deflate(layer, weight, inputs, rank, config, closed_form, g)
+            found.one_sided[name] = deflate(layer, weight, inputs, rank, largest[name], config, closed_form, g)
             bar.update()
             return
         if closed_form.scale_search or closed_form.alternations:
@@ -263,7 +263,7 @@ def choose(
     Decide on held-out data which kinds of layers are two-sided, and whether allocated ranks are better.
 
     Each choice is kept if it brings the model nearer to the original, by KL where there are logits; else the simpler
-    one stays. The model is left with the result attached.
+    one stays. A deflated model runs on its chip for that. The model is left with the result attached.
 
     Returns:
         The solutions and ranks that were chosen, and for each choice what it is, the distances before and with it, and
@@ -271,7 +271,18 @@ def choose(
     """
     chosen, ranks = dict(found.one_sided), dict(plan.ranks)
     trials: list[dict[str, object]] = []
-    best = held_out.distance(model, "one-sided, uniform ranks")
+    chip = plan.quantizer.quantization_config.cim if closed_form.deflated else None
+
+    def measure(what: str) -> float:
+        if chip is None:
+            return held_out.distance(model, what)
+        attach_cim(model, chip, held_out.batches)
+        try:
+            return held_out.distance(model, what)
+        finally:
+            detach_cim(model)
+
+    best = measure("deflated, uniform ranks" if closed_form.deflated else "one-sided, uniform ranks")
 
     def judge(what: str, distance: float) -> bool:
         nonlocal best
@@ -289,7 +300,7 @@ def choose(
     for one in sorted({kind(name) for name in found.two_sided}):
         names = [name for name in found.two_sided if kind(name) == one]
         fill(found.two_sided, names)
-        if judge(f"two-sided {one}", held_out.distance(model, f"two-sided {one}")):
+        if judge(f"two-sided {one}", measure(f"two-sided {one}")):
             chosen.update({name: found.two_sided[name] for name in names})
         else:
             fill(found.one_sided, names)
@@ -300,7 +311,7 @@ def choose(
         allocated = {**ranks, **allocate_ranks(report.layers, budget, closed_form.r_max)}
         model.delete_adapter(SURROGATE)
         attach(model, plan, chosen, allocated)
-        if judge("ranks by sensitivity", held_out.distance(model, "ranks by sensitivity")):
+        if judge("ranks by sensitivity", measure("ranks by sensitivity")):
             ranks = allocated
         else:
             model.delete_adapter(SURROGATE)

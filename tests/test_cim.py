@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
 from hf_polarize import CIMConfig
@@ -114,6 +116,24 @@ def test_without_defects_it_is_the_integer_product(encoding, rows, adc):
     largest = 2 ** (bits - 1 if config.signed else bits) if adc else 0.0  # a step of one count
     result = exact_product(q.float(), planes, scale, config, Converter.of(config, float(largest)))
     assert torch.equal(result, (q @ weight.T).double())
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    encoding=st.sampled_from(["twos_complement", "sign_magnitude"]),
+    rows=st.integers(1, 300),
+    input_bits=st.integers(2, 8),
+    weight_bits=st.integers(2, 8),
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 320)),
+    seed=st.integers(0, 100),
+)
+def test_any_chip_without_defects_is_the_integer_product(encoding, rows, input_bits, weight_bits, shape, seed):
+    tokens, out_features, in_features = shape
+    config = IDEAL.replace(encoding=encoding, rows=rows, input_bits=input_bits, weight_bits=weight_bits)
+    weight = random_integers(out_features, in_features, largest=2 ** (weight_bits - 1) - 1, seed=seed)
+    q = random_integers(tokens, in_features, largest=2 ** (input_bits - 1) - 1, seed=seed + 1)
+    planes, scale = array_of(weight, config)
+    assert torch.equal(exact_product(q.float(), planes, scale.round(), config, None), (q @ weight.T).double())
 
 
 def test_the_two_ways_to_read_are_one(monkeypatch):
@@ -307,3 +327,63 @@ def test_presets_and_dicts():
     config = CIMConfig.preset("nvm", chip_seed=3)
     assert CIMConfig.from_dict(config.to_dict()) == config
     assert CIMConfig().to_dict() == {}
+
+
+def lightning(weight, inp_res=2**8 - 2, **forward):
+    """Return a layer of aihwkit-lightning, an independent simulator, with inputs rounded per token as ours are."""
+    from aihwkit_lightning.nn import AnalogLinear
+    from aihwkit_lightning.simulator.configs import TorchInferenceRPUConfig, WeightNoiseInjectionType
+
+    config = TorchInferenceRPUConfig()
+    config.pre_post.input_range.enable = config.pre_post.input_range.dynamic = True
+    config.pre_post.input_range.learn_input_range = False
+    config.forward.inp_res = inp_res
+    config.mapping.max_input_size = -1
+    config.forward.out_noise = forward.get("out_noise", 0.0)
+    config.forward.out_noise_per_channel = True
+    if "weight_noise" in forward:
+        config.modifier.noise_type = WeightNoiseInjectionType.ADD_NORMAL_PER_CHANNEL
+        config.modifier.std_dev = forward["weight_noise"]
+    layer = AnalogLinear(weight.shape[1], weight.shape[0], bias=False, rpu_config=config)
+    layer.set_weights(weight)
+    return layer.train()  # noise is on
+
+
+def test_read_noise_is_that_of_aihwkit_lightning():
+    """Without ADC, noise of readings is output noise in proportion to the largest weight and the largest input."""
+    config = IDEAL.replace(read_noise=0.5)
+    weight = random_integers(48, 256)
+    weight[:, 0] = 127
+    x = torch.randn(400, 256, generator=torch.Generator().manual_seed(1))
+    planes, scale = array_of(weight, config)
+    q, token_scale = quantized_inputs(x, 8)
+    ours = exact_product(q, planes, scale / 127, config, None, torch.Generator().manual_seed(0)) * token_scale
+    amplified = 0.5 * math.sqrt(4) * (4**8 - 1) / 3  # sqrt(groups S_w S_x)
+    layer = lightning(weight / 127.0, out_noise=amplified / 127**2)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        theirs = layer(x)
+    ideal = (q * token_scale).double() @ (weight.double() / 127).T
+    errors = [(result.double() - ideal).flatten() for result in (ours, theirs)]
+    assert float(errors[0].std() / errors[1].std()) == pytest.approx(1, abs=0.02)
+    assert ks_2samp(*errors).statistic < 0.02
+
+
+def test_mismatch_is_the_weight_noise_of_aihwkit_lightning():
+    """Weights of one ternary plane and no zero: a mismatch of 10 % is additive noise of 10 % of the largest weight."""
+    config = IDEAL.replace(encoding="sign_magnitude", weight_bits=2, mismatch=0.1)
+    weight = random_integers(48, 256, largest=1)
+    weight[weight == 0] = 1
+    x = torch.randn(40, 256, generator=torch.Generator().manual_seed(1))
+    q, token_scale = quantized_inputs(x, 8)
+    ideal = (q * token_scale).double() @ weight.double().T
+    layer, errors = lightning(weight.float(), weight_noise=0.1), ([], [])
+    torch.manual_seed(0)
+    for seed in range(30):
+        planes, scale = array_of(weight, config.replace(chip_seed=seed))
+        errors[0].append(exact_product(q, planes, scale, config, None) * token_scale - ideal)
+        with torch.no_grad():
+            errors[1].append(layer(x).double() - ideal)
+    ours, theirs = (torch.stack(found).flatten() for found in errors)
+    assert float(ours.std() / theirs.std()) == pytest.approx(1, abs=0.02)
+    assert ks_2samp(ours, theirs).statistic < 0.02

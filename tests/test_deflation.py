@@ -112,7 +112,7 @@ def test_the_expected_error_is_that_of_many_chips(chip):
     config = PolarizeConfig(cim=chip)
     weight = linear.weight.detach()
     layer = quantize_linear(linear, config)
-    solution = deflate(layer, weight, Covariance(h), 8, config, ClosedForm(deflated=True))
+    solution = deflate(layer, weight, Covariance(h), 8, 8, config, ClosedForm(deflated=True))
     plain = compensate(weight, weight.double() - layer.dequantized().double(), h, 8)
     exact = x @ weight.T
 
@@ -168,5 +168,21 @@ def test_a_checkpoint_keeps_what_is_removed(tmp_path):
 def test_there_must_be_something_to_deflate_against():
     with pytest.raises(ValueError, match="takes what a surrogate sees out of the input of a noisy backbone"):
         polarized()
-    with pytest.raises(ValueError, match="deflated paths have uniform ranks"):
-        ClosedForm(deflated=True, allocation="sensitivity")
+
+
+def test_ranks_go_where_the_array_hurts(tmp_path):
+    """By predicted loss on the chip, and judged by held-out data that runs on it."""
+    model = polarize(
+        tiny_model("llama-tied"), [tiny_inputs(tiny_model("llama-tied"), n=24)], PolarizeConfig(cim=NOISY),
+        SurrogateConfig(r=4), ClosedForm(deflated=True, two_sided=True, allocation="sensitivity", held_out=4),
+        max_tokens=768, window=32,
+    )  # fmt: skip
+    (trial,) = model.polarization["provenance"]["choices"]
+    assert trial["choice"] == "ranks by sensitivity"
+    assert model.config.quantization_config.cim == NOISY
+    for layer in model.sensitivity.layers:
+        assert 0 <= layer.after < layer.before
+    inputs = tiny_inputs(model)
+    here = output(model, inputs)
+    save_polarized(model, tmp_path / "out")
+    assert torch.equal(output(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), inputs), here)

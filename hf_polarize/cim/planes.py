@@ -120,6 +120,8 @@ def weight_code(config: CIMConfig, levels: torch.Tensor) -> WeightCode:
     if config.mapping == "grid":
         return _grid_code(config.weight_bits, config.encoding)
     levels = levels.cpu()
+    if len(levels) != 16:
+        raise ValueError(f'cim: mapping="{config.mapping}" is of the 16 values of NF4; an INT8 backbone takes "grid"')
     return _learned_code(levels, config.weight_bits) if config.mapping == "learned" else _one_hot_code(levels)
 
 
