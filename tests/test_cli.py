@@ -14,8 +14,9 @@ from hf_polarize.card import model_card
 from hf_polarize.cli import main
 from hf_polarize.inspection import inspect_checkpoint
 from hf_polarize.pipeline import Evaluator, at_most, load_model, recipe_batches
-from hf_polarize.recipe import load_data, load_recipe
+from hf_polarize.recipe import load_recipe
 from hf_polarize.report import verdict
+from hf_polarize.sources import load_data
 
 ROOT = Path(__file__).parent.parent
 READER = Path(__file__).with_name("vanilla_reader.py")

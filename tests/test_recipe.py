@@ -7,7 +7,8 @@ import pytest
 import transformers
 import yaml
 
-from hf_polarize.recipe import Recipe, describe_keys, load_data, load_recipe
+from hf_polarize.recipe import Recipe, describe_keys, load_recipe
+from hf_polarize.sources import load_data
 
 RECIPES = sorted(Path(__file__).parent.parent.glob("recipes/*.yaml"))
 

@@ -15,9 +15,10 @@ from hf_polarize.data import calibration_batches
 from hf_polarize.evaluation import HeldOut
 from hf_polarize.pipeline import load_model
 from hf_polarize.plan import make_plan
-from hf_polarize.recipe import Recipe, load_data
+from hf_polarize.recipe import Recipe
 from hf_polarize.sensitivity import LayerSensitivity, SensitivityReport, allocate_ranks
 from hf_polarize.solver import replayed_losses
+from hf_polarize.sources import load_data
 from hf_polarize.surrogate import factors
 
 

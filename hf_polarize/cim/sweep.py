@@ -16,21 +16,20 @@ from transformers.utils import logging
 
 from ..backbone import weight_matrix
 from ..calibration import Statistics, layer_statistics
-from ..checkpoint import prepare_folder, read_json, write_json
+from ..checkpoint import prepare_folder, write_json
 from ..configuration import SurrogateConfig
 from ..deflation import calibrate_to_chip
 from ..models import Batch
 from ..pipeline import Evaluator, load_model, recipe_batches
 from ..plan import make_plan
-from ..recipe import SWEPT, Recipe, load_data
+from ..recipe import SWEPT, Recipe, resumed
 from ..report import markdown_table
 from ..solver import carry_out, rounded_backbone
+from ..sources import load_data
 from .configuration import CIMConfig
 from .hook import attach_cim
 
 BACKBONE, CLOSED, DEFLATED, PER_CHIP = SWEPT
-FREE = ("overwrite", "output_dir", "sweep", "sweep_methods", "sweep_chips")
-"""Keys that may differ where a sweep goes on."""
 
 
 def settings(recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -86,7 +85,7 @@ def sweep_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     folder = Path(recipe.output_dir)
     path = folder / "sweep.json"
     prepare_folder(folder, recipe.overwrite or path.is_file() or (folder / "energy.json").is_file())
-    record = _resumed(path, asdict(recipe)) or {"recipe": asdict(recipe), "results": []}
+    record = resumed(path, recipe)
     calibration, evaluation = [load_data(name) for name in recipe.sources], load_data(recipe.evaluation)
     model, processor = load_model(recipe)
     make_plan(model, recipe.polarize_config(), SurrogateConfig(r=max(rank for _, _, rank in wanted.values())))
@@ -166,19 +165,6 @@ def _seeds(recipe: Recipe) -> range:
 
 def _label(setting: dict[str, Any]) -> str:
     return ", ".join(f"{name}={value}" for name, value in setting.items()) or "the recipe's own"
-
-
-def _resumed(path: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the record of an interrupted sweep, if it is of the same recipe."""
-    if not path.is_file() or recipe["overwrite"]:
-        return None
-    record = read_json(path)
-    changed = [key for key in recipe if key not in FREE and record["recipe"].get(key) != recipe[key]]
-    if changed:
-        raise FileExistsError(
-            f'"{path}" is of a recipe with other {", ".join(changed)}; choose another output_dir, or overwrite=true'
-        )
-    return record
 
 
 def summary(record: dict[str, Any]) -> list[dict[str, Any]]:
