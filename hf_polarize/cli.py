@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -129,38 +130,32 @@ def _run(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     from .comparison import compare_recipe
-    from .recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
-    compare_recipe(recipe, shlex.join(["hf-polarize", "compare", options.recipe, *options.overrides]))
-    folder = Path(recipe.output_dir)
-    print((folder / "comparison.md").read_text(encoding="utf-8"))
-    print(f"comparison.json, comparison.md and plots are in {folder}/")
-    return 0
+    return _experiment(options, ["compare"], compare_recipe, "comparison")
 
 
 def _sweep(options: argparse.Namespace) -> int:
     from .cim.sweep import sweep_recipe
-    from .recipe import load_recipe
 
-    recipe = load_recipe(options.recipe, options.overrides)
-    sweep_recipe(recipe, shlex.join(["hf-polarize", "cim", "sweep", options.recipe, *options.overrides]))
-    folder = Path(recipe.output_dir)
-    print((folder / "sweep.md").read_text(encoding="utf-8"))
-    print(f"sweep.json, sweep.csv, sweep.md and plots are in {folder}/")
-    return 0
+    return _experiment(options, ["cim", "sweep"], sweep_recipe, "sweep")
 
 
 def _energy(options: argparse.Namespace) -> int:
     from .cim.energy_report import energy_recipe
+
+    return _experiment(options, ["energy"], energy_recipe, "energy")
+
+
+def _experiment(options: argparse.Namespace, words: list[str], function: Callable[..., Any], name: str) -> int:
+    """Run a recipe by a function that leaves NAME.md and NAME.json, and print the report without its long tables."""
     from .recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
-    energy_recipe(recipe, shlex.join(["hf-polarize", "energy", options.recipe, *options.overrides]))
+    function(recipe, shlex.join(["hf-polarize", *words, options.recipe, *options.overrides]))
     folder = Path(recipe.output_dir)
-    text = (folder / "energy.md").read_text(encoding="utf-8")
+    text = (folder / f"{name}.md").read_text(encoding="utf-8")
     print(text.partition("## Layers")[0].rstrip())
-    print(f"\nenergy.json, energy.md (with layers and constants) and plots are in {folder}/")
+    print(f"\n{name}.md, {name}.json and plots are in {folder}/")
     return 0
 
 
