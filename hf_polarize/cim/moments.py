@@ -217,7 +217,8 @@ def fast_array(
 
     Weights follow from [`read_moments`]; so does the noise, up to a factor: readings of planes that are nearly copies
     of each other (the signs of small numbers in two's complement) err together. The factor is the one that a sample
-    of the layer's own columns has in the exact model, on normal inputs.
+    of the layer's own columns has in the exact model, on normal inputs. Tokens with few large values have
+    emptier planes, which err less than that.
 
     Args:
         planes (`Sequence[Plane]`): of [`~hf_polarize.cim.chip.fabricate`].
