@@ -139,7 +139,7 @@ class Recipe:
         [
             {"mismatch": [0.0, 0.05, 0.1, 0.15, 0.2, 0.3]},
             {"adc_bits": [8, 9, 10, 11], "rows": [32, 64, 128]},
-            {"v_dd": [0.6, 0.7, 0.8, 0.9]},
+            {"v_dd": [0.6, 0.7, 0.8, 0.9], "read_noise": [None]},
             {"r": [2, 4, 8, 16, 32]},
         ],
         "grids of hf-polarize cim sweep: each gives lists of values of arguments of CIMConfig, or of the rank r; the "

@@ -2,13 +2,15 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import TEXT, tiny_model
 
-from hf_polarize.cim.sweep import summary
+from hf_polarize.cim.configuration import PRESETS
+from hf_polarize.cim.sweep import setting_of, settings, summary
 from hf_polarize.cli import main
-from hf_polarize.recipe import load_recipe
+from hf_polarize.recipe import Recipe, load_recipe
 
 
 @pytest.fixture
@@ -100,3 +102,12 @@ def test_the_chip_of_a_recipe(recipe):
     chip = load_recipe(recipe, ["cim={preset: noisy, mismatch: 0.3}"]).chip()
     assert (chip.mismatch, chip.adc_bits) == (0.3, 10)
     assert load_recipe(recipe, ["cim=null", "deflated=false"]).chip() is None
+
+
+def test_every_setting_of_the_default_sweep_can_be(recipe):
+    """Whatever the preset fixes: a swept supply acts through noise that follows from it."""
+    for name in PRESETS:
+        default = replace(load_recipe(recipe, [f"cim={name}"]), sweep=Recipe(model="demo:smollm2").sweep)
+        chips = [setting_of(default, setting)[0] for setting in settings(default)]
+        noise = {chip.v_dd: chip.reading_noise for chip in chips if chip.read_noise is None and chip.v_dd < 0.8}
+        assert noise[0.6] > noise[0.7]
