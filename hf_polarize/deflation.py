@@ -142,8 +142,8 @@ def execution_noise(
     _, static, random = (moment.double() for moment in chip_moments(layer, config.cim))
     largest = 2 ** (config.cim.input_bits - 1) - 1
     shared = float(g @ random) + float(squares.sum()) / 12
-    noise: torch.Tensor = (0.0 if made else 1.0) * (g @ static) + shared * (CREST / largest) ** 2 / len(squares)
-    return noise
+    noise = torch.full_like(squares, shared * (CREST / largest) ** 2 / len(squares))
+    return noise if made else noise + g @ static
 
 
 def deflate(

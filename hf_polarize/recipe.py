@@ -215,6 +215,8 @@ class Recipe:
                 raise ValueError(f"recipe key train takes any of {', '.join(PARTS)}; got {part!r}")
         if self.train is not None and not self.train:
             raise ValueError("recipe key train is empty: name what to train, or null for no training")
+        if self.cim is not None and "scales" in (self.train or []):
+            raise ValueError("block scales are part of the chip that cim names: leave scales out of train")
         if self.train and self.held_out < 1:
             raise ValueError("training stops by held-out text: held_out must be at least 1")
         if not 0 <= self.replay <= self.held_out or (self.replay and not self.gradients):

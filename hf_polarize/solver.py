@@ -146,6 +146,8 @@ def carry_out(
     keep_losses: bool = False,
 ) -> Outcome:
     """Solve, attach, and decide on the yardstick's held-out data where there is a choice."""
+    for layer in plan.backbone.values():
+        layer.chip = None  # of the values that it held; its new ones make another
     found = solve(plan, statistics, closed_form, keep_losses)
     ranks = dict(plan.ranks)
     install(model, plan, found.one_sided)

@@ -186,3 +186,20 @@ def test_ranks_go_where_the_array_hurts(tmp_path):
     here = output(model, inputs)
     save_polarized(model, tmp_path / "out")
     assert torch.equal(output(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), inputs), here)
+
+
+def test_a_model_that_was_loaded_on_a_chip_is_solved_for_its_new_values(tmp_path):
+    """Choices are made off the chip of the values that were loaded, and the new values get a chip of their own."""
+    original = tiny_model("llama-tied")
+    original.save_pretrained(tmp_path / "model")
+    chip = NOISY.replace(read_noise=0.0, adc_bits=None)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=PolarizeConfig(cim=chip))
+    choosing = ClosedForm(two_sided=True, held_out=2)
+    arguments = {"surrogate": SurrogateConfig(r=4), "closed_form": choosing, "max_tokens": 256, "window": 32}
+    polarize(loaded, batches(), original=original, **arguments)
+    fresh = polarize(tiny_model("llama-tied"), batches(), PolarizeConfig(cim=chip), **arguments)
+    inputs = tiny_inputs(fresh)
+    assert torch.allclose(output(loaded, inputs), output(fresh, inputs), atol=1e-4)
+    assert loaded.config.quantization_config.cim == chip
+    ours, theirs = (model.polarization["provenance"]["choices"] for model in (loaded, fresh))
+    assert [trial["with"] for trial in ours] == pytest.approx([trial["with"] for trial in theirs], rel=1e-3)

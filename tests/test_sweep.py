@@ -79,6 +79,7 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
         ("sweep=[{v_dd: [0.7]}]", "v_dd acts through read_noise, which this chip sets to 0.02"),
         ("sweep=[{mismatc: [0.7]}]", "the nearest is 'mismatch'"),
         ("sweep=[{adc_bits: [99]}]", "adc_bits must be an integer in 1..16; got 99"),
+        ("train=[surrogate, scales]", "block scales are part of the chip that cim names"),
         ("sweep_methods=[best]", "sweep_methods takes any of 'backbone alone'"),
     ],
 )

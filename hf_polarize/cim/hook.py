@@ -43,12 +43,11 @@ class OnChip:
     def __init__(self, layer: BackboneLayer, name: str, config: CIMConfig) -> None:
         self.name, self.config = name, config
         levels = layer.levels()
-        self.code = weight_code(config, levels)
         indices, scale = grouped_weights(layer.units(), layer.block_scales(), layer.block_size, config, levels)
         self.scale = scale / config.drift
         self.converter = Converter.of(config, config.ranges.get(name, float(config.rows)))
         self.in_features = layer.in_features
-        planes = list(fabricate(indices, self.code, config, name))
+        planes = list(fabricate(indices, weight_code(config, levels), config, name))
         self.fast, self.reason = fast_array(planes, self.scale, self.converter, config, self.in_features)
         if config.adc_range != "full" and self.reason is None:
             self.reason = f"adc_range={config.adc_range!r} may cut large counts"

@@ -224,7 +224,7 @@ def write_sweep(folder: Path, record: dict[str, Any], recipe: Recipe, command: s
     )  # fmt: skip
     pictures = []
     for grid in recipe.sweep:
-        for name in _plots(folder, rows, list(grid), record["original"]["loss"], setting_of(recipe, {})):
+        for name in _plots(folder, rows, list(grid), record["original"]["loss"]):
             pictures.append(f"![loss against {', '.join(grid)}]({name})")
     name = recipe.source()[2].rpartition("/")[2]
     text = f"""# {name} on chips
@@ -249,9 +249,7 @@ def _mean(values: Iterable[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-def _plots(
-    folder: Path, rows: list[dict[str, Any]], names: list[str], original: float, own: tuple[CIMConfig, int]
-) -> Iterator[str]:
+def _plots(folder: Path, rows: list[dict[str, Any]], names: list[str], original: float) -> Iterator[str]:
     """Plot the mean loss, a band of one standard deviation, and the worst chip, over the first of these arguments."""
     from matplotlib.figure import Figure
 
