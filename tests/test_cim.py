@@ -12,7 +12,7 @@ from scipy.stats import ks_2samp
 from hf_polarize import CIMConfig
 from hf_polarize.cim.array import Converter, exact_product
 from hf_polarize.cim.chip import fabricate
-from hf_polarize.cim.moments import fast_array
+from hf_polarize.cim.fast import driven_rows, fast_array
 from hf_polarize.cim.planes import grouped_weights, integer_planes, quantized_inputs, weight_code
 from hf_polarize.cim.ranges import best_range
 
@@ -257,23 +257,53 @@ FAST = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", FAST)
-def test_the_fast_model_has_the_moments_of_the_exact_one(kind):
-    config = CIMConfig(**{"mismatch": 0.0, "read_noise": 0.0, **FAST[kind]})
+@pytest.fixture(scope="module", params=FAST)
+def both_models(request):
+    """The ideal product of a layer with `(384, 512)` inputs, and those of the exact and of the fast model."""
+    config = CIMConfig(**{"mismatch": 0.0, "read_noise": 0.0, **FAST[request.param]})
     generator = torch.Generator().manual_seed(0)
     largest = 2 ** (config.weight_bits - 1) - 1
     weight = (torch.randn(96, 512, generator=generator) * largest / 3.5).round().clamp(-largest, largest)
-    q, _ = quantized_inputs(torch.randn(384, 512, generator=generator), config.input_bits)
     planes, scale = array_of(weight, config)
     scale = scale / config.drift
     converter = Converter.of(config, float(config.rows))
     fast, reason = fast_array(planes, scale, converter, config, 512)
     assert reason is None
-    ideal = q.double() @ weight.double().T
-    exact = exact_product(q, planes, scale, config, converter, torch.Generator().manual_seed(1)) - ideal
-    quick = fast(q, torch.Generator().manual_seed(1)).double() - ideal
+
+    def errors(x):
+        q, _ = quantized_inputs(x, config.input_bits)
+        ideal = q.double() @ weight.double().T
+        exact = exact_product(q, planes, scale, config, converter, torch.Generator().manual_seed(1))
+        return exact - ideal, fast(q, torch.Generator().manual_seed(1)).double() - ideal
+
+    return errors
+
+
+def test_the_fast_model_has_the_moments_of_the_exact_one(both_models):
+    exact, quick = both_models(torch.randn(384, 512, generator=torch.Generator().manual_seed(2)))
     assert float(quick.std() / exact.std()) == pytest.approx(1, abs=0.05)
     assert ks_2samp((exact / exact.std()).flatten(), (quick / exact.std()).flatten()).statistic < 0.02
+
+
+def test_the_fast_model_follows_tokens_with_few_large_values(both_models):
+    """Most of their planes drive few rows, and in two's complement most are copies of the sign."""
+    exact, quick = both_models(torch.randn(384, 512, generator=torch.Generator().manual_seed(3)) ** 3)
+    assert float(quick.std() / exact.std()) == pytest.approx(1, abs=0.07)
+    assert ks_2samp((exact / exact.std()).flatten(), (quick / exact.std()).flatten()).statistic < 0.02
+
+
+@pytest.mark.parametrize("rows, features", [(64, 100), (300, 700)])
+@pytest.mark.parametrize("encoding", ["sign_magnitude", "twos_complement"])
+def test_driven_rows_are_those_of_the_planes(rows, features, encoding):
+    q = torch.randint(-127, 128, (5, features), generator=torch.Generator().manual_seed(0)).float()
+    bits, _ = integer_planes(q, 8, encoding)
+    groups = -(-features // rows)
+    padded = torch.nn.functional.pad(bits, (0, groups * rows - features)).view(len(bits), 5, groups, rows)
+    kind = "magnitude" if encoding == "sign_magnitude" else "bits"
+    assert torch.equal(driven_rows(q, groups, rows, len(bits), kind), (padded != 0).sum(-1).permute(1, 2, 0))
+    if kind == "bits":
+        flips = (padded[:-1] != padded[-1]).sum(-1).permute(1, 2, 0)
+        assert torch.equal(driven_rows(q, groups, rows, len(bits) - 1, "flips"), flips)
 
 
 def test_the_range_of_an_adc_is_the_one_asked_for():

@@ -18,7 +18,7 @@ from ..surrogate import core_model
 from .array import Converter, exact_product
 from .chip import fabricate, generator_for
 from .configuration import CIMConfig
-from .moments import fast_array
+from .fast import fast_array
 from .planes import grouped_weights, quantized_inputs, weight_code
 from .ranges import measured_ranges
 

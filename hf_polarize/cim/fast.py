@@ -1,0 +1,336 @@
+"""The fast model: the weights that a chip amounts to, and noise with the moments of its readings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numba
+import numpy as np
+import torch
+
+from .array import Converter, exact_product
+from .chip import Plane, nominal_factor
+from .configuration import CIMConfig
+from .moments import ReadMoments, read_moments
+from .planes import integer_planes, quantized_inputs
+
+SAMPLED_TOKENS, SAMPLED_COLUMNS = 64, 64
+"""What of a layer is run by the exact model to fit and to judge the fast one."""
+LARGEST_SLOPE = 0.05
+"""Share of the error that may follow the output (clipping, a dead zone) before the fast model is refused."""
+LARGEST_KURTOSIS = 0.6
+"""Excess kurtosis of the error above which a normal one differs: by Edgeworth, 0.023 of it is the distance of KS."""
+LARGEST_DEVIATION = 0.2
+"""How far the error of tokens with few large values may be off."""
+LANE = 255
+"""Largest count of eight bits."""
+PAIRS = 16384
+"""Random pairs of readings that say how far copies of a plane err together."""
+TABLE = 2**22
+"""Normal numbers that the noise is cut from."""
+
+
+def _some_numbers(rows: int) -> list[int]:
+    """Return the numbers of rows for which moments are computed; for others they are interpolated."""
+    return sorted({0, rows, *(round(2 ** (i / 2)) for i in range(2 * int(math.log2(rows)) + 1))})
+
+
+def _moments_by_rows(converter: Converter | None, cells: torch.Tensor, config: CIMConfig) -> ReadMoments:
+    """Return the moments for 0, 1, ... driven rows, between some numbers of them by straight lines."""
+    some = _some_numbers(config.rows)
+    known = read_moments(converter, torch.tensor(some), cells, config)
+    nodes, wanted = np.array(some), np.arange(config.rows + 1)
+
+    def between(values: torch.Tensor) -> torch.Tensor:
+        columns = [np.interp(wanted, nodes, column) for column in values.T.numpy()]
+        return torch.from_numpy(np.stack(columns, axis=1))
+
+    return ReadMoments(*map(between, (known.bias, known.kappa, known.variance, known.static)))
+
+
+def agreement(converter: Converter, cells: float, config: CIMConfig) -> torch.Tensor:
+    """
+    Return how far two readings of one column err together if their input planes differ in 0, 1, ... rows.
+
+    Small numbers in two's complement have a sign in many planes: these are copies of each other, a reading of a copy
+    errs as the first does, and their significances all but cancel. The correlation is that of [`PAIRS`] random pairs
+    of readings, with half of the rows driven.
+
+    Args:
+        converter ([`Converter`]): the ADC.
+        cells (`float`): how often a cell is not zero.
+        config ([`CIMConfig`]): of the chip, in two's complement.
+
+    Returns:
+        `torch.Tensor` of shape `(rows + 1,)`, float64.
+    """
+    factor = float(nominal_factor(config, torch.device("cpu")).mean())
+    deviations = (config.static_variance**0.5, config.column_gain, config.column_offset, config.reading_noise)
+    return _agreement(converter, round(cells, 2), config.rows, factor, *deviations)
+
+
+@lru_cache(maxsize=256)  # a chip has many layers
+def _agreement(
+    converter: Converter, cells: float, rows: int, factor: float, mismatch: float, gain: float, offset: float,
+    noise: float,
+) -> torch.Tensor:  # fmt: skip
+    random = np.random.default_rng(0)
+
+    def normal(deviation: float | np.ndarray) -> np.ndarray:
+        return deviation * random.normal(size=PAIRS)
+
+    some, found = _some_numbers(rows), []
+    gains, offsets = normal(gain), normal(offset)
+    for differing in some:
+        kept = random.binomial(max(0, rows // 2 - differing // 2), cells, PAIRS)
+        shared = normal(mismatch * np.sqrt(kept))
+        errors = []
+        for others in (differing // 2, differing - differing // 2):
+            own = random.binomial(others, cells, PAIRS)
+            count = factor * (kept + own)
+            static = factor * (shared + normal(mismatch * np.sqrt(own))) + gains * count + offsets
+            error = converter(torch.from_numpy(count + static + normal(noise))).numpy() - count
+            errors.append(error - np.polyval(np.polyfit(static, error, 1), static) if static.any() else error)
+        a, b = (error - error.mean() for error in errors)
+        found.append(np.mean(a * b) / max(np.sqrt(np.mean(a * a) * np.mean(b * b)), 1e-30))
+    return torch.from_numpy(np.interp(np.arange(rows + 1), some, found))
+
+
+@dataclass
+class TokenNoise:
+    """
+    The noise of a token relative to that of a typical one, from the rows that the planes of its integers drive.
+
+    Attributes:
+        share (`torch.Tensor` of shape `(groups, planes, rows + 1)`): what a plane that drives so many rows of a group
+            adds to the variance, float32.
+        copies (`torch.Tensor` of shape `(planes - 1, rows + 1)`, *optional*): in two's complement, the part of the
+            variance of the last plane that goes again with a plane that differs from it in so many rows, float32.
+    """
+
+    share: torch.Tensor
+    copies: torch.Tensor | None
+
+    def __call__(self, q: torch.Tensor) -> torch.Tensor:
+        """Return the standard deviation for integers `(tokens, in)`, `(tokens, 1)`."""
+        groups, planes, numbers = self.share.shape
+        kind = "magnitude" if self.copies is None else "bits"
+        share = _looked_up(self.share, driven_rows(q, groups, numbers - 1, planes, kind))
+        variance = share.sum(-1)
+        if self.copies is not None:
+            differing = driven_rows(q, groups, numbers - 1, planes - 1, "flips")
+            gone = share[..., -1] * _looked_up(self.copies[None], differing).sum(-1)
+            variance = torch.maximum(variance - gone, share[..., -1] / 4 ** (planes - 1))
+        return variance.sum(1, keepdim=True).sqrt_()
+
+    def to(self, device: torch.device) -> TokenNoise:
+        return TokenNoise(self.share.to(device), None if self.copies is None else self.copies.to(device))
+
+
+def _looked_up(table: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Return `table[g, p, at[..., g, p]]`; a table of one group is that of all."""
+    groups, planes, numbers = table.shape
+    first = torch.arange(groups * planes, device=at.device).view(groups, planes) * numbers
+    return table.flatten()[at + first]
+
+
+@dataclass
+class FastArray:
+    """
+    What a layer amounts to on one chip: `y = q W^T + offset + loudness(q) * std * n`, with n normal.
+
+    Attributes:
+        weight (`torch.Tensor` of shape `(out, in)`): of this chip, for integer inputs.
+        offset (`torch.Tensor` of shape `(out,)`): float32.
+        std (`torch.Tensor` of shape `(out,)`): of the noise of a typical token, float32.
+        loudness ([`TokenNoise`]): of each token against that.
+    """
+
+    weight: torch.Tensor
+    offset: torch.Tensor
+    std: torch.Tensor
+    loudness: TokenNoise
+
+    def __call__(self, q: torch.Tensor, noise: torch.Generator | None = None) -> torch.Tensor:
+        """
+        Multiply integer inputs.
+
+        Args:
+            q (`torch.Tensor` of shape `(tokens, in)`): of [`~hf_polarize.cim.planes.quantized_inputs`].
+            noise (`torch.Generator`, *optional*): of the noise of readings.
+
+        Returns:
+            `torch.Tensor` of shape `(tokens, out)`, float32.
+        """
+        y = torch.nn.functional.linear(q.to(self.weight.dtype), self.weight).float().add_(self.offset)
+        return y if noise is None else y.addcmul_(normal_like(y, noise) * self.loudness(q), self.std)
+
+    def to(self, device: torch.device) -> FastArray:
+        weight, offset, std = (tensor.to(device) for tensor in (self.weight, self.offset, self.std))
+        return FastArray(weight, offset, std, self.loudness.to(device))
+
+
+@lru_cache(maxsize=8)
+def _spread_bits(planes: int, kind: str, device: torch.device) -> torch.Tensor:
+    """Return the bits of the integers -128..127, eight bits apart in one int64 each."""
+    values = torch.arange(-128, 128)
+    values = {"magnitude": values.abs(), "bits": values, "flips": torch.where(values < 0, ~values, values)}[kind]
+    return sum(((values >> i) & 1) << (8 * i) for i in range(planes)).to(device)  # type: ignore[union-attr]
+
+
+def driven_rows(q: torch.Tensor, groups: int, rows: int, planes: int, kind: str) -> torch.Tensor:
+    """
+    Count the rows of each group that each plane of the inputs drives.
+
+    Args:
+        q (`torch.Tensor` of shape `(tokens, in)`): integers of [`~hf_polarize.cim.planes.quantized_inputs`].
+        groups, rows (`int`): of the array; rows that fill the last group are not driven.
+        planes (`int`): of the inputs.
+        kind (`str`): `"magnitude"` for the planes of sign-magnitude, `"bits"` for those of two's complement, `"flips"`
+            for where these differ from the sign.
+
+    Returns:
+        `torch.Tensor` of shape `(tokens, groups, planes)`, int64.
+    """
+    bits = _spread_bits(planes, kind, q.device)
+    if q.device.type == "cpu":
+        driven = torch.zeros(len(q), groups, planes, dtype=torch.int64)
+        _count_rows(q.numpy(), bits.numpy(), rows, driven.numpy())
+        return driven
+    spread = torch.nn.functional.pad(bits[q.int() + 128], (0, groups * rows - q.shape[1])).view(len(q), groups, rows)
+    lanes = 8 * torch.arange(planes, device=q.device)
+    pieces = spread.split(LANE, dim=-1)
+    return sum((piece.sum(-1, keepdim=True) >> lanes) & LANE for piece in pieces)  # type: ignore[no-any-return]
+
+
+@numba.njit(nogil=True)  # type: ignore[untyped-decorator]
+def _count_rows(q, bits, rows, driven):  # type: ignore[no-untyped-def]
+    """Add the bits of `q` (tokens, in) to `driven` (tokens, groups, planes), with the table of [`_spread_bits`]."""
+    for t in range(q.shape[0]):
+        for g in range(driven.shape[1]):
+            first, last = g * rows, min((g + 1) * rows, q.shape[1])
+            while first < last:
+                end = min(first + LANE, last)
+                lanes = np.int64(0)
+                for k in range(first, end):
+                    lanes += bits[np.int64(q[t, k]) + 128]
+                for i in range(driven.shape[2]):
+                    driven[t, g, i] += (lanes >> (8 * i)) & LANE
+                first = end
+
+
+@lru_cache(maxsize=2)
+def _normal_table(device: torch.device) -> torch.Tensor:
+    return torch.randn(TABLE, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def normal_like(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """
+    Return normal numbers of the shape of `y`, cut from a table at a place that the generator draws.
+
+    A hundred times cheaper than new ones. No number occurs twice in one call.
+    """
+    if y.numel() > TABLE:
+        return torch.randn(y.shape, generator=generator).to(y.device)
+    start = int(torch.randint(TABLE - y.numel() + 1, (), generator=generator))
+    return _normal_table(y.device)[start : start + y.numel()].view(y.shape)
+
+
+@torch.no_grad()
+def fast_array(
+    planes: Sequence[Plane], scale: torch.Tensor, converter: Converter | None, config: CIMConfig, in_features: int
+) -> tuple[FastArray, str | None]:
+    """
+    Fold the planes of a layer into one weight, and fit the noise to the exact model.
+
+    Weights follow from [`read_moments`]; so does the noise of each token, by the rows that its planes drive, up to a
+    factor: readings of planes that are nearly copies of each other (the signs of small numbers in two's complement)
+    err together. The factor is the one that a sample of the layer's own columns has in the exact model, on normal
+    inputs; cubes of these are a sample of tokens with few large values.
+
+    Args:
+        planes (`Sequence[Plane]`): of [`~hf_polarize.cim.chip.fabricate`].
+        scale (`torch.Tensor` of shape `(out, groups)`): of a count.
+        converter ([`Converter`], *optional*): the ADC.
+        config ([`CIMConfig`]): of the chip.
+        in_features (`int`): of the layer, without the rows that fill the last group.
+
+    Returns:
+        The fast model, and why it is not valid here, or `None`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, _ = quantized_inputs(torch.randn(SAMPLED_TOKENS, in_features, generator=generator), config.input_bits)
+    coefficients = integer_planes(torch.zeros(1), config.input_bits, config.encoding)[1]
+    kind = "magnitude" if config.signed else "bits"
+    driven = driven_rows(q, scale.shape[1], config.rows, len(coefficients), kind)
+    often = torch.nn.functional.one_hot(driven, config.rows + 1).double().mean((0, 1))  # (planes, rows + 1)
+    cells = torch.stack([(plane.written != 0).double().mean() for plane in planes]).cpu()
+    moments = _moments_by_rows(converter, cells, config)
+
+    following = coefficients.square() @ often @ (moments.static + 1e-30)
+    kappa = coefficients.square() @ often @ (moments.kappa * (moments.static + 1e-30)) / following
+    significance = torch.tensor([plane.significance for plane in planes], dtype=torch.float64)
+    bias = float(coefficients @ often @ moments.bias @ significance)
+    each = (moments.variance + (moments.kappa - kappa).square() * moments.static) @ significance.square()
+    variance = float(coefficients.square() @ often @ each)
+
+    factor = nominal_factor(config, scale.device)
+    total, offset = torch.zeros(planes[0].cells.shape, device=scale.device), torch.full_like(scale, bias)
+    for plane, k in zip(planes, kappa.tolist(), strict=True):
+        made = plane.cells.float() * plane.unit
+        if plane.gain is not None:
+            made *= plane.gain.T[..., None]
+        total += plane.significance * (k * made + (1 - k) * factor * plane.written)
+        if plane.offset is not None:
+            offset += plane.significance * k * float(coefficients.sum()) * plane.offset.T
+    weight = (total * scale[..., None]).flatten(1)[:, :in_features].contiguous()
+    std = scale.double().square().sum(1).sqrt() * math.sqrt(variance)
+    weights = scale.double().square().mean(0).cpu()
+    share = (weights / weights.sum())[:, None, None] * coefficients.square()[:, None] * each / max(variance, 1e-300)
+    copies = None
+    if not config.signed and converter is not None:  # all planes above i count -2^(i+1) together
+        together = agreement(converter, float(cells @ significance.square() / significance.square().sum()), config)
+        copies = (4 * coefficients[:-1].square() / coefficients[-1].square())[:, None] * together
+        copies = copies.float().to(scale.device)
+    loudness = TokenNoise(share.float().to(scale.device), copies)
+    fast = FastArray(weight, (offset * scale).sum(1), std.float(), loudness)
+    return fast, _fit(fast, q.to(scale.device), planes, scale, converter, config, generator)
+
+
+def _fit(
+    fast: FastArray, typical: torch.Tensor, planes: Sequence[Plane], scale: torch.Tensor, converter: Converter | None,
+    config: CIMConfig, noise: torch.Generator,
+) -> str | None:  # fmt: skip
+    """Run some columns exactly, scale the noise of the fast model to their errors, and say where it can't be right."""
+    if converter is None or not bool((fast.std > 0).any()):
+        return None  # the noise of readings alone, or none at all
+    few_large, _ = quantized_inputs(typical[: len(typical) // 4] ** 3, config.input_bits)
+    q = torch.cat([typical, few_large]).to(scale.device)
+    columns = torch.arange(0, len(scale), max(1, len(scale) // SAMPLED_COLUMNS), device=scale.device)
+    few = [plane.of_columns(columns) for plane in planes]
+    exact = exact_product(q, few, scale[columns], config, converter, noise)
+    expected = q.double() @ fast.weight[columns].double().T + fast.offset[columns]
+    error = (exact - expected) / (fast.loudness(q) * fast.std[columns]).clamp(min=1e-30)
+    expected, error, rare = expected[: len(typical)], error[: len(typical)], error[len(typical) :]
+    spread = float(error.square().mean().sqrt())
+    fast.std *= spread
+    if spread == 0:
+        return None
+    expected = expected / expected.std(0).clamp(min=1e-30)
+    slope = float(torch.corrcoef(torch.stack([error.flatten(), expected.flatten()]))[0, 1].square())
+    if slope > LARGEST_SLOPE:
+        return f"{100 * slope:.0f} % of the error follows the output (clipping, or a dead zone around 0)"
+    nominal = sum(plane.significance * nominal_factor(config, scale.device) * plane.written for plane in few)
+    nominal = (nominal * scale[columns][..., None]).flatten(1)[:, : q.shape[1]]  # type: ignore[union-attr]
+    static = (q[: len(typical)].double() @ (fast.weight[columns] - nominal).double().T) / fast.std[columns]
+    share = 1 / (1 + float(static.square().mean()))
+    kurtosis = share**2 * (float((error / spread).square().square().mean()) - 3)
+    if kurtosis > LARGEST_KURTOSIS:
+        return f"readings err too seldom for normal noise (excess kurtosis {kurtosis:.1f})"
+    deviation = ((share * float(rare.square().mean()) / spread**2 + 1 - share) ** 0.5) - 1
+    if abs(deviation) > LARGEST_DEVIATION:
+        return f"errors of tokens with few large values are {100 * deviation:+.0f} % off"
+    return None
