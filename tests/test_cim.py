@@ -136,8 +136,8 @@ def test_any_chip_without_defects_is_the_integer_product(encoding, rows, input_b
     assert torch.equal(exact_product(q.float(), planes, scale.round(), config, None), (q @ weight.T).double())
 
 
-def test_the_two_ways_to_read_are_one(monkeypatch):
-    """What runs on a CPU in integers and what runs on other devices in float32 give the same bits."""
+def test_all_ways_to_read_are_one(monkeypatch):
+    """What runs on a CPU in integers or in float32 and what runs on other devices give the same bits."""
     from hf_polarize.cim import array
 
     config = CIMConfig(mismatch=0.1, column_gain=0.02, column_offset=0.2, rows=32, adc_bits=4, zero_code=False)
@@ -148,7 +148,10 @@ def test_the_two_ways_to_read_are_one(monkeypatch):
     def run():
         return exact_product(q, planes, scale, config, converter, torch.Generator().manual_seed(3))
 
+    monkeypatch.setattr(array, "INTEGERS_ARE_FAST", True)
     first = run()
+    monkeypatch.setattr(array, "INTEGERS_ARE_FAST", False)
+    assert torch.equal(first, run())
     monkeypatch.setattr(array, "_read_on_cpu", array._read)
     assert torch.equal(first, run())
 

@@ -15,6 +15,8 @@ from .planes import integer_planes
 
 CHUNK = 2**19
 """Readings at a time: they stay in the cache of a core."""
+INTEGERS_ARE_FAST = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+"""Products of int8 are up to 20 times slower than those of float32 where a CPU has no instructions for them."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ def _read_and_add(high, low, unit, gain, offset, noise, weights, inverse, first,
     """
     Add up the readings of one plane of the weight, each with the weight of its plane of the input.
 
-    `high`, `low` (planes, tokens, out), int32: the two digits of the counts in `unit`s, `low` maybe empty. `gain`,
-    `offset` (out,). `noise` like `high`, or empty. `weights` (planes,) and `total` (tokens, out) of the same dtype.
+    `high`, `low` (planes, tokens, out), int32 or float32: the two digits of the counts in `unit`s, `low` maybe empty.
+    `gain`, `offset` (out,). `noise` like `high`, or empty. `weights` (planes,), `total` (tokens, out) of one dtype.
     `inverse` step, 0 without ADC. `first` and `last` code. `shift` of the codes by 0 or 1/2. All else is float32.
     """
     for i in range(len(high)):
@@ -179,10 +181,14 @@ def _read_on_cpu(
     noise: torch.Tensor | None,
     total: torch.Tensor,
 ) -> None:
-    """Do what [`_read`] does, with sums in integers and one pass over the counts."""
+    """Do what [`_read`] does, with exact sums in whole units of a cell and one pass over the counts."""
     planes, tokens, rows = driven.shape
     lines = driven.reshape(-1, rows)
-    digits = [torch._int_mm(lines, digit[:, group].T).view(planes, tokens, -1).numpy() for digit in plane.digits]
+    if INTEGERS_ARE_FAST:
+        sums = [torch._int_mm(lines, digit[:, group].T) for digit in plane.digits]
+    else:
+        sums = [lines.float() @ plane.cells[:, group].float().T]
+    digits = [one.view(planes, tokens, -1).numpy() for one in sums]
     out_features = len(plane.cells)
     none = np.empty((0, 0, 0))
     gain = torch.ones(out_features) if plane.gain is None else plane.gain[group]
