@@ -40,7 +40,7 @@ model = {{ auto_class }}.from_pretrained("{{ repo_id }}")
 
 With `import hf_polarize` before that line the surrogate stays active and frozen under adapters of your own,
 {{ extras }}and the record of how the model was made is in `model.polarization`.
-
+{{ chip }}
 To get rid of quantization, call `hf_polarize.merge_surrogates(model)`: it dequantizes first and merges then. PEFT's
 own merge would round the result to the backbone's grid again.
 
@@ -53,6 +53,16 @@ own merge would round the result to the backbone's grid again.
 ## How it was made
 
 {{ provenance }}
+"""
+
+CHIP = """
+It then runs{which} on a simulated compute-in-memory chip, and the results below are those on it:
+
+```python
+chip = hf_polarize.CIMConfig.from_dict({chip})
+hf_polarize.attach_cim(model, chip.replace(chip_seed=1))  # another chip of its kind
+hf_polarize.detach_cim(model)  # none, as without hf_polarize
+```
 """
 
 
@@ -106,6 +116,7 @@ def model_card(info: CheckpointInfo, repo_id: str) -> ModelCard:
         extras=f"inputs of the backbone are rounded to {backbone['activations'].upper()}, "
         if backbone.get("activations")
         else "",
+        chip="" if info.chip is None else CHIP.format(chip=info.chip, which=" deflated" if info.deflated else ""),
         size=size_table(info),
         results=f"## Results\n\n{results_table(results)}\n\n{results.get('protocol', '')}" if results else "",
         provenance=_provenance(provenance),

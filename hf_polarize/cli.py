@@ -187,6 +187,12 @@ def _info(options: argparse.Namespace) -> int:
         f"backbone: {backbone['format']}, double quantization {backbone['double_quant']}, "
         f"activations {backbone['activations']}; hf_polarize {info.sidecar['hf_polarize_version']}"
     )
+    if info.chip is not None:
+        console.print(
+            f"runs on a chip: CIMConfig.from_dict({info.chip})", markup=False, highlight=False, soft_wrap=True
+        )
+    if info.deflated:
+        console.print("runs deflated where it runs on a chip or with rounded activations")
     for key, value in info.sidecar.get("provenance", {}).items():
         console.print(escape(f"{key}: {value}"), highlight=False)
     results = info.sidecar.get("results")

@@ -13,7 +13,7 @@ import torch
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
-from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, SIDECAR, WEIGHTS, few, read_json
+from .checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DEFLATION, PEFT_PREFIX, SIDECAR, WEIGHTS, few, read_json
 
 CONFIG = "config.json"
 NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -28,7 +28,8 @@ class LayerInfo:
         name (`str`): in the base model.
         out_features, in_features (`int`): shape of the weight.
         rank (`int`): of its surrogate, 0 if it has none.
-        code_bytes, scale_bytes, surrogate_bytes (`int`): quantized weights; scales and codebooks; factors A and B.
+        code_bytes, scale_bytes, surrogate_bytes (`int`): quantized weights; scales and codebooks; factors A and B, and
+            R where the layer runs deflated.
     """
 
     name: str
@@ -54,12 +55,20 @@ class CheckpointInfo:
         other_bytes (`int`): everything else in high precision: embeddings, norms, biases, heads.
         sidecar (`dict`): contents of `polarize_config.json`, empty if there is none.
         config (`dict`): contents of `config.json`.
+        deflated (`bool`): whether layers run deflated.
     """
 
     layers: list[LayerInfo]
     other_bytes: int
     sidecar: dict[str, Any] = field(repr=False)
     config: dict[str, Any] = field(repr=False)
+    deflated: bool = False
+
+    @property
+    def chip(self) -> dict[str, Any] | None:
+        """Arguments of the `CIMConfig` of the chip that the backbone runs on, where they differ from the defaults."""
+        chip: dict[str, Any] | None = self.config["quantization_config"].get("polarize", {}).get("cim")
+        return chip
 
     def bits(self, part: str) -> float:
         """Return bits per backbone weight of `"code"`, `"scale"` or `"surrogate"`."""
@@ -154,6 +163,10 @@ def inspect_checkpoint(directory: str | Path) -> CheckpointInfo:
 
     a_b, adapter_sizes = _check_adapter(folder / ADAPTER_WEIGHTS, matrices, sidecar, broken)
     _check_ranks(read_json(folder / ADAPTER_CONFIG), a_b)
+    removed = folder / DEFLATION
+    if removed.is_file():
+        for name, size in _check_deflation(removed, matrices, a_b, broken).items():
+            adapter_sizes[name] += size
     if broken:
         raise ValueError(f"NaN or infinite values in {few(sorted(broken))}: the checkpoint is broken")
 
@@ -174,7 +187,19 @@ def inspect_checkpoint(directory: str | Path) -> CheckpointInfo:
         for name, shape in matrices.items()
     ]
     layers.sort(key=lambda layer: _natural(layer.name))
-    return CheckpointInfo(layers, sum(sizes.values()) - sum(by_layer.values()), sidecar, config)
+    return CheckpointInfo(layers, sum(sizes.values()) - sum(by_layer.values()), sidecar, config, removed.is_file())
+
+
+def _check_deflation(
+    path: Path, matrices: dict[str, tuple[int, int]], ranks: dict[str, int], broken: list[str]
+) -> dict[str, int]:
+    """Return the bytes of each R; collect what is not finite in `broken`."""
+    shapes, sizes, values = _read_tensors(path, lambda key: True)
+    broken += [f"{key} of {path.name}" for key, value in values.items() if not value.isfinite().all()]
+    for name, shape in shapes.items():
+        if name not in ranks or shape != (matrices[name][1], ranks[name]):
+            raise ValueError(f"{path.name} has {name} of shape {shape}: no surrogate stands there that it fits")
+    return sizes
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -43,7 +43,7 @@ COMPARED = (
 )
 
 
-SWEPT = ("backbone alone", "closed form", "deflated", "deflated, per chip")
+SWEPT = ("backbone alone", "closed form", "deflated", "deflated, trained", "deflated, per chip")
 """What a sweep measures on every chip."""
 
 

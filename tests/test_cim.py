@@ -304,6 +304,8 @@ def test_driven_rows_are_those_of_the_planes(rows, features, encoding):
     padded = torch.nn.functional.pad(bits, (0, groups * rows - features)).view(len(bits), 5, groups, rows)
     kind = "magnitude" if encoding == "sign_magnitude" else "bits"
     assert torch.equal(driven_rows(q, groups, rows, len(bits), kind), (padded != 0).sum(-1).permute(1, 2, 0))
+    overflowed = torch.full((1, features), torch.nan)
+    assert not driven_rows(overflowed, groups, rows, len(bits), kind).any()
     if kind == "bits":
         flips = (padded[:-1] != padded[-1]).sum(-1).permute(1, 2, 0)
         assert torch.equal(driven_rows(q, groups, rows, len(bits) - 1, "flips"), flips)

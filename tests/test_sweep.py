@@ -3,13 +3,18 @@
 import itertools
 import json
 from dataclasses import replace
+from math import nan
 
 import pytest
 from conftest import TEXT, tiny_model
+from safetensors.torch import load_file, save_file
 
+from hf_polarize import CIMConfig
+from hf_polarize.card import model_card
 from hf_polarize.cim.configuration import PRESETS
 from hf_polarize.cim.sweep import setting_of, settings, summary
 from hf_polarize.cli import main
+from hf_polarize.inspection import inspect_checkpoint
 from hf_polarize.recipe import Recipe, load_recipe
 
 
@@ -33,8 +38,10 @@ window: 32
 evaluation_window: 32
 evaluation_windows: 4
 held_out: 2
-sweep: [{{mismatch: [0.1, 0.3]}}, {{r: [2, 8]}}]
-sweep_chips: 3
+sweep: [{{mismatch: [0.1, 0.3]}}, {{r: [2]}}]
+sweep_chips: 2
+train_tokens: 512
+train_batch_size: 2
 output_dir: {tmp_path / "out"}
 """
     )
@@ -45,16 +52,16 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
     assert main(["cim", "sweep", recipe]) == 0
     folder = tmp_path / "out"
     record = json.loads((folder / "sweep.json").read_text())
-    assert len(record["results"]) == 5 * 4 * 3  # settings, methods, chips
-    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 60
+    assert len(record["results"]) == 4 * 5 * 2  # settings, methods, chips
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 40
     assert (folder / "loss_against_mismatch.png").stat().st_size > 5000
-    assert "| mismatch=0.3 | deflated | 3 |" in (folder / "sweep.md").read_text()
+    assert "| mismatch=0.3 | deflated | 2 |" in (folder / "sweep.md").read_text()
 
-    kept = record["results"][:30]
+    kept = record["results"][:15]
     (folder / "sweep.json").write_text(json.dumps({**record, "results": kept}))
     assert main(["cim", "sweep", recipe]) == 0
     again = json.loads((folder / "sweep.json").read_text())["results"]
-    assert again[:30] == kept
+    assert again[:15] == kept
     for before, after in zip(record["results"], again, strict=True):
         assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)  # the same chips
 
@@ -65,6 +72,7 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
     for label in ("the recipe's own", "mismatch=0.3"):
         for better, worse in itertools.pairwise(("deflated", "closed form", "backbone alone")):
             assert rows[label, better]["kl"] < rows[label, worse]["kl"]
+        assert rows[label, "deflated, trained"]["kl"] < rows[label, "closed form"]["kl"]
     assert rows["mismatch=0.1", "backbone alone"]["kl"] < rows["mismatch=0.3", "backbone alone"]["kl"]
 
     assert main(["energy", recipe]) == 0
@@ -88,7 +96,7 @@ def test_what_can_not_be_swept_is_said_before_any_work(recipe, override, message
     assert message in capsys.readouterr().err
 
 
-def test_a_run_on_a_chip(recipe, tmp_path):
+def test_a_run_on_a_chip(recipe, tmp_path, capsys):
     """The backbone alone is measured on the chip as well, and training is for any chip."""
     assert main(["run", recipe, "train=[surrogate]", "train_tokens=256", "train_batch_size=2"]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -96,7 +104,26 @@ def test_a_run_on_a_chip(recipe, tmp_path):
     digital = json.loads((tmp_path / "digital" / "metrics.json").read_text())
     assert metrics["backbone"]["kl"] > digital["backbone"]["kl"]
     assert metrics["closed_form"]["kl"] < metrics["backbone"]["kl"]
-    assert (tmp_path / "out" / "deflation.safetensors").is_file()
+    assert main(["info", str(tmp_path / "out")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    info = inspect_checkpoint(tmp_path / "out")
+    assert CIMConfig.from_dict(info.chip) == CIMConfig.preset("noisy")
+    assert f"CIMConfig.from_dict({info.chip})" in shown and "runs deflated" in shown
+    card = str(model_card(info, "someone/model"))
+    assert f"hf_polarize.CIMConfig.from_dict({info.chip})" in card
+
+    removed = load_file(tmp_path / "out" / "deflation.safetensors")
+    r = sum(tensor.nbytes for tensor in removed.values())
+    (tmp_path / "out" / "deflation.safetensors").unlink()
+    assert inspect_checkpoint(tmp_path / "out").bytes == info.bytes - r
+    first = next(iter(removed))
+    for tensor, message in (
+        (removed[first].T, "no surrogate stands there that it fits"),
+        (removed[first] * nan, "NaN"),
+    ):
+        save_file({**removed, first: tensor.contiguous()}, tmp_path / "out" / "deflation.safetensors")
+        with pytest.raises(ValueError, match=message):
+            inspect_checkpoint(tmp_path / "out")
 
 
 def test_the_chip_of_a_recipe(recipe):

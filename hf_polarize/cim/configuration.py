@@ -121,8 +121,8 @@ class CIMConfig:
     chip_seed: int = 0
     read_seed: int = 0
     model: str = "auto"
-    layers: list[str] | None = None
-    ranges: dict[str, float] = field(default_factory=dict)
+    layers: list[str] | None = field(default=None, hash=False)
+    ranges: dict[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         self._check_choices()

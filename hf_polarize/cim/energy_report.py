@@ -103,8 +103,9 @@ def _accuracy(sweep: dict[str, Any], at_rank: dict[int, Bill]) -> dict[str, list
     """Return (energy per token, mean loss) of each method over the ranks that were swept."""
     points: dict[str, dict[int, list[float]]] = {}
     for row in sweep["results"]:
-        if set(row["setting"]) == {"r"} and row["setting"]["r"] in at_rank:
-            points.setdefault(row["method"], {}).setdefault(row["setting"]["r"], []).append(row["loss"])
+        rank = row["setting"].get("r", sweep["recipe"]["r"])
+        if set(row["setting"]) <= {"r"} and rank in at_rank:
+            points.setdefault(row["method"], {}).setdefault(rank, []).append(row["loss"])
     return {
         method: [(at_rank[rank].total, sum(losses) / len(losses)) for rank, losses in sorted(by_rank.items())]
         for method, by_rank in points.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 
 import numba
@@ -38,19 +38,20 @@ def _some_numbers(rows: int) -> list[int]:
     return sorted({0, rows, *(round(2 ** (i / 2)) for i in range(2 * int(math.log2(rows)) + 1))})
 
 
-def _moments_by_rows(converter: Converter | None, cells: torch.Tensor, config: CIMConfig) -> ReadMoments:
-    """Return the moments for 0, 1, ... driven rows, between some numbers of them by straight lines."""
+@lru_cache(maxsize=1024)  # the planes of a chip, and of all of its kind, are much alike
+def _moments_by_rows(converter: Converter | None, cells: float, config: CIMConfig) -> ReadMoments:
+    """Return the moments of a plane for 0, 1, ... driven rows, between some numbers of them by straight lines."""
     some = _some_numbers(config.rows)
-    known = read_moments(converter, torch.tensor(some), cells, config)
-    nodes, wanted = np.array(some), np.arange(config.rows + 1)
+    known = read_moments(converter, torch.tensor(some), torch.tensor([cells], dtype=torch.float64), config)
+    wanted = np.arange(config.rows + 1)
 
     def between(values: torch.Tensor) -> torch.Tensor:
-        columns = [np.interp(wanted, nodes, column) for column in values.T.numpy()]
-        return torch.from_numpy(np.stack(columns, axis=1))
+        return torch.from_numpy(np.interp(wanted, some, values[:, 0].numpy()))
 
     return ReadMoments(*map(between, (known.bias, known.kappa, known.variance, known.static)))
 
 
+@lru_cache(maxsize=64)
 def agreement(converter: Converter, cells: float, config: CIMConfig) -> torch.Tensor:
     """
     Return how far two readings of one column err together if their input planes differ in 0, 1, ... rows.
@@ -67,23 +68,14 @@ def agreement(converter: Converter, cells: float, config: CIMConfig) -> torch.Te
     Returns:
         `torch.Tensor` of shape `(rows + 1,)`, float64.
     """
-    factor = float(nominal_factor(config, torch.device("cpu")).mean())
-    deviations = (config.static_variance**0.5, config.column_gain, config.column_offset, config.reading_noise)
-    return _agreement(converter, round(cells, 2), config.rows, factor, *deviations)
-
-
-@lru_cache(maxsize=256)  # a chip has many layers
-def _agreement(
-    converter: Converter, cells: float, rows: int, factor: float, mismatch: float, gain: float, offset: float,
-    noise: float,
-) -> torch.Tensor:  # fmt: skip
-    random = np.random.default_rng(0)
+    rows, random = config.rows, np.random.default_rng(0)
+    factor, mismatch = float(nominal_factor(config, torch.device("cpu")).mean()), config.static_variance**0.5
 
     def normal(deviation: float | np.ndarray) -> np.ndarray:
         return deviation * random.normal(size=PAIRS)
 
     some, found = _some_numbers(rows), []
-    gains, offsets = normal(gain), normal(offset)
+    gains, offsets = normal(config.column_gain), normal(config.column_offset)
     for differing in some:
         kept = random.binomial(max(0, rows // 2 - differing // 2), cells, PAIRS)
         shared = normal(mismatch * np.sqrt(kept))
@@ -92,7 +84,7 @@ def _agreement(
             own = random.binomial(others, cells, PAIRS)
             count = factor * (kept + own)
             static = factor * (shared + normal(mismatch * np.sqrt(own))) + gains * count + offsets
-            error = converter(torch.from_numpy(count + static + normal(noise))).numpy() - count
+            error = converter(torch.from_numpy(count + static + normal(config.reading_noise))).numpy() - count
             errors.append(error - np.polyval(np.polyfit(static, error, 1), static) if static.any() else error)
         a, b = (error - error.mean() for error in errors)
         found.append(np.mean(a * b) / max(np.sqrt(np.mean(a * a) * np.mean(b * b)), 1e-30))
@@ -117,7 +109,7 @@ class TokenNoise:
     def __call__(self, q: torch.Tensor) -> torch.Tensor:
         """Return the standard deviation for integers `(tokens, in)`, `(tokens, 1)`."""
         groups, planes, numbers = self.share.shape
-        kind = "magnitude" if self.copies is None else "bits"
+        kind = "magnitude" if self.copies is None else "bits"  # without an ADC both add the same
         share = _looked_up(self.share, driven_rows(q, groups, numbers - 1, planes, kind))
         variance = share.sum(-1)
         if self.copies is not None:
@@ -200,7 +192,8 @@ def driven_rows(q: torch.Tensor, groups: int, rows: int, planes: int, kind: str)
         driven = torch.zeros(len(q), groups, planes, dtype=torch.int64)
         _count_rows(q.numpy(), bits.numpy(), rows, driven.numpy())
         return driven
-    spread = torch.nn.functional.pad(bits[q.int() + 128], (0, groups * rows - q.shape[1])).view(len(q), groups, rows)
+    spread = bits[q.nan_to_num().clamp(-128, 127).int() + 128]
+    spread = torch.nn.functional.pad(spread, (0, groups * rows - q.shape[1])).view(len(q), groups, rows)
     lanes = 8 * torch.arange(planes, device=q.device)
     pieces = spread.split(LANE, dim=-1)
     return sum((piece.sum(-1, keepdim=True) >> lanes) & LANE for piece in pieces)  # type: ignore[no-any-return]
@@ -216,7 +209,8 @@ def _count_rows(q, bits, rows, driven):  # type: ignore[no-untyped-def]
                 end = min(first + LANE, last)
                 lanes = np.int64(0)
                 for k in range(first, end):
-                    lanes += bits[np.int64(q[t, k]) + 128]
+                    if -128 <= q[t, k] <= 127:  # not so where activations overflowed
+                        lanes += bits[np.int64(q[t, k]) + 128]
                 for i in range(driven.shape[2]):
                     driven[t, g, i] += (lanes >> (8 * i)) & LANE
                 first = end
@@ -267,8 +261,10 @@ def fast_array(
     kind = "magnitude" if config.signed else "bits"
     driven = driven_rows(q, scale.shape[1], config.rows, len(coefficients), kind)
     often = torch.nn.functional.one_hot(driven, config.rows + 1).double().mean((0, 1))  # (planes, rows + 1)
-    cells = torch.stack([(plane.written != 0).double().mean() for plane in planes]).cpu()
-    moments = _moments_by_rows(converter, cells, config)
+    kind_of_chip = config.replace(chip_seed=0, read_seed=0, layers=None, ranges={})
+    cells = [round(float((plane.written != 0).double().mean()), 2) for plane in planes]
+    of_planes = [_moments_by_rows(converter, density, kind_of_chip) for density in cells]
+    moments = ReadMoments(*(torch.stack(list(part), 1) for part in zip(*map(astuple, of_planes), strict=True)))
 
     following = coefficients.square() @ often @ (moments.static + 1e-30)
     kappa = coefficients.square() @ often @ (moments.kappa * (moments.static + 1e-30)) / following
@@ -292,7 +288,8 @@ def fast_array(
     share = (weights / weights.sum())[:, None, None] * coefficients.square()[:, None] * each / max(variance, 1e-300)
     copies = None
     if not config.signed and converter is not None:  # all planes above i count -2^(i+1) together
-        together = agreement(converter, float(cells @ significance.square() / significance.square().sum()), config)
+        usual = torch.tensor(cells, dtype=torch.float64) @ significance.square() / significance.square().sum()
+        together = agreement(converter, round(float(usual), 2), kind_of_chip)
         copies = (4 * coefficients[:-1].square() / coefficients[-1].square())[:, None] * together
         copies = copies.float().to(scale.device)
     loudness = TokenNoise(share.float().to(scale.device), copies)

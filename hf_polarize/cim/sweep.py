@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import csv
 import itertools
+import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,9 @@ from ..calibration import Statistics, layer_statistics
 from ..checkpoint import prepare_folder, write_json
 from ..configuration import SurrogateConfig
 from ..deflation import calibrate_to_chip
+from ..distillation import teacher_dataset
 from ..models import Batch
-from ..pipeline import Evaluator, load_model, recipe_batches
+from ..pipeline import Evaluator, at_most, load_model, recipe_batches, train
 from ..plan import make_plan
 from ..recipe import SWEPT, Recipe, resumed
 from ..report import markdown_table
@@ -29,7 +32,7 @@ from ..sources import load_data
 from .configuration import CIMConfig
 from .hook import attach_cim
 
-BACKBONE, CLOSED, DEFLATED, PER_CHIP = SWEPT
+BACKBONE, CLOSED, DEFLATED, TRAINED, PER_CHIP = SWEPT
 
 
 def settings(recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -89,7 +92,9 @@ def sweep_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     calibration, evaluation = [load_data(name) for name in recipe.sources], load_data(recipe.evaluation)
     model, processor = load_model(recipe)
     make_plan(model, recipe.polarize_config(), SurrogateConfig(r=max(rank for _, _, rank in wanted.values())))
-    batches, _ = recipe_batches(replace(recipe, train=None, replay=0), model, calibration, processor)
+    trained = TRAINED in recipe.sweep_methods
+    recipe = replace(recipe, train=(recipe.train or ["surrogate"]) if trained else None, replay=0)
+    batches, held_back = recipe_batches(recipe, model, calibration, processor)
     evaluator = Evaluator(model, recipe, evaluation, processor)
     record["original"], record["protocol"] = asdict(evaluator.original), evaluator.protocol
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,12 +104,13 @@ def sweep_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         for label in wanted
         for method in recipe.sweep_methods
     ]
-    known: dict[str, Statistics] = {}
-    with logging.tqdm(total=sum(len(seeds) for *_, seeds in tasks), desc="sweeping", unit="chip") as bar:
+    with (
+        tempfile.TemporaryDirectory(prefix="hf-polarize-") as scratch,
+        logging.tqdm(total=sum(len(seeds) for *_, seeds in tasks), desc="sweeping", unit="chip") as bar,
+    ):
+        means = _Means(recipe, model, batches, held_back, scratch)
         for label, method, seeds in tasks:
             setting, chip, rank = wanted[label]
-            if seeds and method != BACKBONE and not known:
-                known = _statistics(recipe, model, batches)
 
             def measure(measured: PreTrainedModel, seed: int, what: str = f"{method}, {label}") -> None:
                 quality = evaluator.held_out.measure(measured, what)
@@ -114,16 +120,46 @@ def sweep_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
                 bar.update()
 
             if seeds:
-                _measure_chips(recipe, model, known, method, chip, rank, seeds, batches, measure)
+                _measure_chips(means, method, chip, rank, seeds, measure)
     write_sweep(folder, record, recipe, command)
     return record
 
 
-def _measure_chips(
-    recipe: Recipe, model: PreTrainedModel, known: dict[str, Statistics], method: str, chip: CIMConfig, rank: int,
-    seeds: list[int], batches: list[Batch], measure: Any,
-) -> None:  # fmt: skip
+@dataclass
+class _Means:
+    """What methods are made with, each part when it is first asked for."""
+
+    recipe: Recipe
+    model: PreTrainedModel
+    batches: list[Batch]
+    held_back: list[Batch]
+    scratch: str
+
+    @cached_property
+    def calibration(self) -> list[Batch]:
+        return at_most(self.batches, self.recipe.max_tokens, self.model)
+
+    @cached_property
+    def statistics(self) -> dict[str, Statistics]:
+        plan = make_plan(self.model, self.recipe.polarize_config(), self.recipe.surrogate_config())
+        closed_form = self.recipe.closed_form()
+        parts = layer_statistics(
+            self.model, self.calibration, plan.layers, 2**62, closed_form.gradients, closed_form.weigh_tokens,
+            self.recipe.seed, plan.quantized(),
+        )  # fmt: skip
+        return {name: known for part in parts for name, known in part.items()}
+
+    @cached_property
+    def lessons(self) -> tuple[Any, Any]:
+        """What the original says, to train on and to stop by."""
+        fresh = at_most(self.batches, self.recipe.train_tokens, self.model)
+        data, held_out = (teacher_dataset(self.model, part, self.scratch) for part in (fresh, self.held_back))
+        return data, held_out
+
+
+def _measure_chips(means: _Means, method: str, chip: CIMConfig, rank: int, seeds: list[int], measure: Any) -> None:
     """Make the model of a method once, and run it on every chip."""
+    recipe, model, batches = means.recipe, means.model, means.calibration
     config = recipe.polarize_config()
     config.cim = chip
     if method == BACKBONE:
@@ -139,22 +175,23 @@ def _measure_chips(
     if method == PER_CHIP:
         weights = {name: weight_matrix(module).detach().clone() for name, module in plan.layers.items()}
     closed_form = replace(recipe.closed_form(), deflated=method != CLOSED, allocation="uniform")
-    carry_out(copied, plan, [known], closed_form, None)
+    outcome = carry_out(
+        copied,
+        plan,
+        [means.statistics],
+        closed_form,
+        None,
+        keep_losses=method == TRAINED and bool(recipe.layer_weight),
+    )
+    copied.layer_losses = outcome.losses
+    if method == TRAINED:
+        attach_cim(copied, chip.replace(chip_seed=_seeds(recipe).stop), batches)  # none that it is measured on
+        train(recipe, copied, *means.lessons, means.scratch)
     for seed in seeds:
         attach_cim(copied, chip.replace(chip_seed=seed), batches)
         if method == PER_CHIP:
-            calibrate_to_chip(copied, weights, known)
+            calibrate_to_chip(copied, weights, means.statistics)
         measure(copied, seed)
-
-
-def _statistics(recipe: Recipe, model: PreTrainedModel, batches: list[Batch]) -> dict[str, Statistics]:
-    plan = make_plan(model, recipe.polarize_config(), recipe.surrogate_config())
-    closed_form = recipe.closed_form()
-    parts = layer_statistics(
-        model, batches, plan.layers, 2**62, closed_form.gradients, closed_form.weigh_tokens, recipe.seed,
-        plan.quantized(),
-    )  # fmt: skip
-    return {name: known for part in parts for name, known in part.items()}
 
 
 def _seeds(recipe: Recipe) -> range:
