@@ -42,13 +42,13 @@ class Deflation:
     """
 
     def __init__(self, layer: BackboneLayer, a: nn.Module, r: torch.Tensor) -> None:
-        self.a, self.r = a, r.float()
+        self.a, self.r = a, r
         self.refresh(layer)
 
     def refresh(self, layer: BackboneLayer) -> None:
         """Compute Q R `(out, r)` from what the layer holds now."""
         weight = layer.dequantized().float()
-        self.r = self.r.to(weight.device)
+        self.r = self.r.to(weight).contiguous()  # strides change the last bits of a product on some CPUs
         self.qr = weight @ self.r
 
     def __call__(self, layer: BackboneLayer, x: torch.Tensor) -> torch.Tensor:
@@ -245,7 +245,7 @@ def calibrate_to_chip(
         first, r, _ = deflating_path(m + torch.diag(noise), damped(known.h), len(a))
         a.copy_(first)
         b.copy_((w - layer.dequantized().double()) @ r)
-        layer.deflation.r = r.float()
+        layer.deflation.r = r
         layer.deflation.refresh(layer)
 
 
