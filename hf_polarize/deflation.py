@@ -17,7 +17,10 @@ from torch import nn
 from transformers.utils import logging
 
 from .calibration import Statistics
+from .cim.configuration import CIMConfig
+from .cim.hook import OnChip
 from .cim.moments import chip_moments
+from .cim.programming import codes_for_cells
 from .compensation import OUTPUT_DAMPING, Compensation, damped
 from .configuration import ClosedForm, PolarizeConfig
 from .formats import BackboneLayer
@@ -213,18 +216,24 @@ def deflate(
 
 @torch.no_grad()
 def calibrate_to_chip(
-    model: nn.Module, weights: Mapping[str, torch.Tensor], statistics: Mapping[str, Statistics]
+    model: nn.Module,
+    weights: Mapping[str, torch.Tensor],
+    statistics: Mapping[str, Statistics],
+    codes: bool = False,
 ) -> None:
     """
     Solve the surrogates of a deflated model anew for the one chip that it is attached to.
 
     The static error of that chip, measured, takes the place of its variance over chips: E = W - W_chip, c of readings
-    alone. The backbone stays as it is.
+    alone. The backbone stays as it is, unless its codes are chosen anew as well. Those are right on that chip only:
+    elsewhere, and off any chip, the model is the worse for them.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): deflated and on a chip; A, R and B are changed in place.
         weights (`Mapping[str, torch.Tensor]`): W `(out, in)` of the original's layers, by name.
         statistics (`Mapping[str, Statistics]`): of [`~hf_polarize.calibration.layer_statistics`].
+        codes (`bool`, defaults to `False`): choose codes by what each cell makes of them, with
+            [`~hf_polarize.cim.programming.codes_for_cells`]. It takes a chip whose cells were measured one by one.
 
     Raises:
         ValueError: If a layer is on no chip, or not deflated.
@@ -236,17 +245,31 @@ def calibrate_to_chip(
         if layer.chip is None or layer.deflation is None:
             raise ValueError(f"{name} is on no chip, or not deflated: polarize with deflated=True and a chip first")
         known, w = statistics[name], weights[name].double()
-        error = w - layer.chip.fast.weight.double()
-        g = None if known.g is None else damped(known.g, OUTPUT_DAMPING)
-        importance = torch.ones_like(w[:, 0]) if g is None else g.diagonal()
-        m = error.T @ (error if g is None else g @ error)
-        noise = execution_noise(layer, config, importance, made=True)
-        noise = noise + 1e-6 * m.diagonal().mean()
-        first, r, _ = deflating_path(m + torch.diag(noise), damped(known.h), len(a))
+        first, r = _path_on_chip(layer, w, known, len(a), config)
+        if codes:
+            rest = torch.eye(w.shape[1], dtype=w.dtype, device=w.device) - r @ first
+            seen = Covariance(damped(rest @ damped(known.h) @ rest.T))
+            chip: CIMConfig = layer.chip.config
+            layer.store(codes_for_cells(layer, name, w, seen, chip), layer.block_scales())
+            layer.chip = OnChip(layer, name, chip)
+            first, r = _path_on_chip(layer, w, known, len(a), config)
         a.copy_(first)
         b.copy_((w - layer.dequantized().double()) @ r)
         layer.deflation.r = r
         layer.deflation.refresh(layer)
+
+
+def _path_on_chip(
+    layer: BackboneLayer, weight: torch.Tensor, known: Statistics, rank: int, config: PolarizeConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return A and R for the error of the chip that a layer is on."""
+    error = weight - layer.chip.fast.weight.double()
+    g = None if known.g is None else damped(known.g, OUTPUT_DAMPING)
+    importance = torch.ones_like(weight[:, 0]) if g is None else g.diagonal()
+    m = error.T @ (error if g is None else g @ error)
+    noise = execution_noise(layer, config, importance, made=True) + 1e-6 * m.diagonal().mean()
+    a, r, _ = deflating_path(m + torch.diag(noise), damped(known.h), rank)
+    return a, r
 
 
 def check_deflated(config: Any) -> None:

@@ -16,13 +16,19 @@ from hf_polarize import (
     save_polarized,
 )
 from hf_polarize.backbone import quantize_linear
+from hf_polarize.calibration import layer_statistics
+from hf_polarize.cim.hook import OnChip
+from hf_polarize.cim.planes import weight_code
+from hf_polarize.cim.programming import codes_for_cells
 from hf_polarize.compensation import compensate, damped
-from hf_polarize.deflation import Deflation, deflate, deflating_path
-from hf_polarize.rounding import Covariance
+from hf_polarize.deflation import Deflation, calibrate_to_chip, deflate, deflating_path
+from hf_polarize.plan import make_plan
+from hf_polarize.rounding import Covariance, round_with_feedback, spread
 from hf_polarize.surrogate import factors
 
 NOISY = CIMConfig.preset("noisy")
 DEFLATED = ClosedForm(deflated=True)
+IDEAL_SIGNED = CIMConfig.preset("ideal", encoding="sign_magnitude")
 
 
 def covariance(size, seed=0):
@@ -117,8 +123,6 @@ def test_the_expected_error_is_that_of_many_chips(chip):
     exact = x @ weight.T
 
     def error(a, b, r):
-        from hf_polarize.cim.hook import OnChip
-
         found: list[float] = []
         first = torch.nn.Linear(128, 8, bias=False)
         first.weight = torch.nn.Parameter(a, requires_grad=False)
@@ -203,3 +207,60 @@ def test_a_model_that_was_loaded_on_a_chip_is_solved_for_its_new_values(tmp_path
     assert loaded.config.quantization_config.cim == chip
     ours, theirs = (model.polarization["provenance"]["choices"] for model in (loaded, fresh))
     assert [trial["with"] for trial in ours] == pytest.approx([trial["with"] for trial in theirs], rel=1e-3)
+
+
+@pytest.mark.parametrize("encoding", ["sign_magnitude", "twos_complement"])
+def test_codes_for_cells_without_defects_are_those_of_any_backbone(encoding):
+    """Then every cell makes the same of a code, and the rounding is GPTQ's."""
+    linear = torch.nn.Linear(192, 96, bias=False)
+    config = CIMConfig.preset("ideal", mapping="one_hot") if encoding == "twos_complement" else IDEAL_SIGNED
+    layer = quantize_linear(linear, PolarizeConfig(cim=config))
+    inputs, weight = Covariance(covariance(192)), linear.weight.detach()
+    codes = codes_for_cells(layer, "layer", weight, inputs, config)
+    executed = weight_code(config, layer.levels()).executed.float()
+    levels = executed if config.mapping == "one_hot" else (layer.levels() * 127).round() / 127
+    plain = round_with_feedback(weight, spread(layer.block_scales(), weight.shape, 64), levels, inputs)
+    assert float((codes == plain).float().mean()) > 0.999
+
+
+def test_a_layer_that_is_written_for_its_chip():
+    """Against float64: the weights that the chip ends up with, in the metric of the inputs."""
+    linear = torch.nn.Linear(192, 96, bias=False)
+    chip = NOISY.replace(stuck_at_zero=0.01, column_gain=0.02, read_noise=0.0, adc_bits=None)
+    layer = quantize_linear(linear, PolarizeConfig(cim=chip))
+    h, weight = covariance(192), linear.weight.detach()
+
+    def error(codes=None):
+        if codes is not None:
+            layer.store(codes, layer.block_scales())
+        found = OnChip(layer, "layer", chip).fast.weight.double() - weight.double()
+        return float(((found @ h) * found).sum() ** 0.5)
+
+    before, digital = error(), weight.double() - layer.dequantized().double()
+    codes = codes_for_cells(layer, "layer", weight, Covariance(h), chip)
+    assert error(codes) < 0.5 * before
+    assert error(codes) < 1.2 * float(((digital @ h) * digital).sum() ** 0.5)
+
+
+def test_calibrated_to_a_chip():
+    """The better the more is fitted to it; what is written for one chip is wrong for another."""
+    original = tiny_model("llama-tied")
+    inputs = tiny_inputs(original, n=16)
+    expected = output(original, inputs)
+    chip = NOISY.replace(mismatch=0.3, read_noise=0.0)
+    model = polarized(cim=chip)
+    plan = make_plan(original, PolarizeConfig(cim=chip), SurrogateConfig(r=4))
+    weights = {name: module.weight.detach() for name, module in plan.layers.items()}
+    (known,) = layer_statistics(original, batches(), plan.layers, 2**40)
+
+    def error():
+        return float((output(model, inputs) - expected).norm())
+
+    static = error()
+    calibrate_to_chip(model, weights, known)
+    fitted = error()
+    calibrate_to_chip(model, weights, known, codes=True)
+    written = error()
+    assert written < 0.7 * fitted and fitted < static
+    attach_cim(model, chip.replace(chip_seed=5))
+    assert error() > static

@@ -93,18 +93,30 @@ def fabricate(indices: torch.Tensor, code: WeightCode, config: CIMConfig, layer:
         config ([`CIMConfig`]): of the chip.
         layer (`str`): name of the layer; the cells depend on it and on `chip_seed`.
     """
-    out_features, groups, _ = indices.shape
     for p, significance in enumerate(code.significance.tolist()):
-        generator = generator_for(config.chip_seed, "cells", layer, p)
-        written = code.cells[:, p].to(indices.device)[indices.int()]
-        cells, unit = _made(written.float(), config, generator)
-        columns = generator_for(config.chip_seed, "columns", layer, p)
-        gain = offset = None
-        if config.column_gain:
-            gain = (1 + config.column_gain * torch.randn(groups, out_features, generator=columns)).to(indices.device)
-        if config.column_offset:
-            offset = (config.column_offset * torch.randn(groups, out_features, generator=columns)).to(indices.device)
-        yield Plane(written, cells, unit, gain, offset, significance)
+        yield fabricate_plane(code.cells[:, p].to(indices.device)[indices.int()], config, layer, p, significance)
+
+
+def fabricate_plane(written: torch.Tensor, config: CIMConfig, layer: str, p: int, significance: float) -> Plane:
+    """
+    Make one plane of a layer. What is wrong with a cell does not depend on what is written into it.
+
+    Args:
+        written (`torch.Tensor` of shape `(out, groups, rows)`): -1, 0 or 1.
+        config ([`CIMConfig`]): of the chip.
+        layer (`str`): name of the layer.
+        p (`int`): number of the plane.
+        significance (`float`): of a count.
+    """
+    out_features, groups, _ = written.shape
+    cells, unit = _made(written.float(), config, generator_for(config.chip_seed, "cells", layer, p))
+    columns = generator_for(config.chip_seed, "columns", layer, p)
+    gain = offset = None
+    if config.column_gain:
+        gain = (1 + config.column_gain * torch.randn(groups, out_features, generator=columns)).to(written.device)
+    if config.column_offset:
+        offset = (config.column_offset * torch.randn(groups, out_features, generator=columns)).to(written.device)
+    return Plane(written, cells, unit, gain, offset, significance)
 
 
 def nominal_factor(config: CIMConfig, device: torch.device) -> torch.Tensor:

@@ -125,6 +125,31 @@ def weight_code(config: CIMConfig, levels: torch.Tensor) -> WeightCode:
     return _learned_code(levels, config.weight_bits) if config.mapping == "learned" else _one_hot_code(levels)
 
 
+def group_scales(
+    scales: torch.Tensor, block_size: int, shape: torch.Size, config: CIMConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return the scale of each group of rows, the largest of its blocks, and the share of it that each weight has.
+
+    Args:
+        scales (`torch.Tensor` of shape `(blocks,)`): of each `block_size` neighbours in row-major order.
+        block_size (`int`): of the format.
+        shape (`torch.Size`): of the weight, `(out, in)`.
+        config ([`CIMConfig`]): of the chip.
+
+    Returns:
+        `(out, groups)` and `(out, groups, rows)`, float32.
+    """
+    out_features, in_features = shape
+    groups = -(-in_features // config.rows)
+    each = scales.float().repeat_interleave(block_size)[: shape.numel()].view(shape)
+    each = torch.nn.functional.pad(each, (0, groups * config.rows - in_features))
+    each = each.view(out_features, groups, config.rows)
+    group = each.gather(-1, each.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    group = torch.where(group != 0, group, 1.0)
+    return group, each / group[..., None]
+
+
 def grouped_weights(
     units: torch.Tensor, scales: torch.Tensor, block_size: int, config: CIMConfig, levels: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,20 +170,14 @@ def grouped_weights(
     Raises:
         ValueError: If a mapping to other values than a grid meets groups that blocks do not line up with.
     """
-    out_features, in_features = units.shape
-    groups = -(-in_features // config.rows)
-    pad = (0, groups * config.rows - in_features)
-    each = scales.float().repeat_interleave(block_size)[: units.numel()].view(units.shape)
-    each = torch.nn.functional.pad(each, pad).view(out_features, groups, config.rows)
-    units = torch.nn.functional.pad(units.float(), pad).view(each.shape)
-    group = each.gather(-1, each.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    group = torch.where(group != 0, group, 1.0)
-    share = each / group[..., None]
+    in_features = units.shape[1]
+    group, share = group_scales(scales, block_size, units.shape, config)
+    units = torch.nn.functional.pad(units.float(), (0, share[0].numel() - in_features)).view(share.shape)
     code = weight_code(config, levels)
     if config.mapping == "grid":
         indices = (units * share * code.unit).round() + code.unit
     else:
-        if bool(((share != 1) & (each != 0)).any()):
+        if bool(((share != 1) & (share != 0)).any()):
             raise ValueError(
                 f'cim: mapping="{config.mapping}" needs groups of rows with one scale: blocks of {block_size} weights '
                 f'do not line up with rows={config.rows} of {in_features} inputs; use the mapping "grid"'
