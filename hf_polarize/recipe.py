@@ -43,7 +43,14 @@ COMPARED = (
 )
 
 
-SWEPT = ("backbone alone", "closed form", "deflated", "deflated, trained", "deflated, per chip")
+SWEPT = (
+    "backbone alone",
+    "closed form",
+    "deflated",
+    "deflated, trained",
+    "deflated, per chip",
+    "deflated, written per chip",
+)
 """What a sweep measures on every chip."""
 
 

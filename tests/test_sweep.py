@@ -52,8 +52,8 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
     assert main(["cim", "sweep", recipe]) == 0
     folder = tmp_path / "out"
     record = json.loads((folder / "sweep.json").read_text())
-    assert len(record["results"]) == 4 * 5 * 2  # settings, methods, chips
-    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 40
+    assert len(record["results"]) == 4 * 6 * 2  # settings, methods, chips
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 48
     assert (folder / "loss_against_mismatch.png").stat().st_size > 5000
     assert "| mismatch=0.3 | deflated | 2 |" in (folder / "sweep.md").read_text()
 
@@ -73,6 +73,7 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
         for better, worse in itertools.pairwise(("deflated", "closed form", "backbone alone")):
             assert rows[label, better]["kl"] < rows[label, worse]["kl"]
         assert rows[label, "deflated, trained"]["kl"] < rows[label, "closed form"]["kl"]
+        assert rows[label, "deflated, written per chip"]["kl"] < rows[label, "deflated, per chip"]["kl"]
     assert rows["mismatch=0.1", "backbone alone"]["kl"] < rows["mismatch=0.3", "backbone alone"]["kl"]
 
     assert main(["energy", recipe]) == 0

@@ -51,8 +51,8 @@ def codes_for_cells(
         made.append(torch.stack([plane.cells.float() * plane.unit * gain for plane in planes]))
     order, upper = (tensor.cpu() for tensor in inputs.feedback())
     upper = upper.float().contiguous()
-    codes = torch.empty(weight.shape, dtype=torch.int64)
-    rest = weight.float().cpu().contiguous().clone()
+    rest = weight.float().cpu()[:, order]
+    chosen = torch.empty(weight.shape, dtype=torch.int64)
     height = max(1, CHUNK // (len(levels) * share[0].numel()))
 
     def choose(top: int) -> None:
@@ -66,27 +66,28 @@ def codes_for_cells(
             low, none, high = cells[:, band]
             held = torch.where(written > 0, high, torch.where(written < 0, low, none))
             values.add_(held, alpha=float(code.significance[p]))
-        values = (values * (group[band] / code.unit)[..., None]).flatten(2)[..., : weight.shape[1]]
-        _choose(values.contiguous().numpy(), rest[band].numpy(), order.numpy(), upper.numpy(), codes[band].numpy())
+        values = (values * (group[band] / code.unit)[..., None]).flatten(2)[..., order]
+        _choose(values.numpy(), rest[band].numpy(), upper.numpy(), chosen[band].numpy())
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(choose, range(0, len(weight), height)))
+    codes = torch.empty_like(chosen)
+    codes[:, order] = chosen
     return codes.to(weight.device)
 
 
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
-def _choose(values, w, order, upper, codes):  # type: ignore[no-untyped-def]
-    """Fill `codes` (rows, in) of targets `w` (rows, in) from `values` (levels, rows, in); `upper` is in `order`."""
+def _choose(values, w, upper, codes):  # type: ignore[no-untyped-def]
+    """Fill `codes` (rows, in) from `values` (levels, rows, in) and targets `w` (rows, in), which end as rubbish."""
     features = w.shape[1]
     for i in range(w.shape[0]):
         for j in range(features):
-            at = order[j]
             best, least = 0, np.inf
             for k in range(values.shape[0]):
-                distance = abs(w[i, at] - values[k, i, at])
+                distance = abs(w[i, j] - values[k, i, j])
                 if distance < least:
                     best, least = k, distance
-            codes[i, at] = best
-            error = (w[i, at] - values[best, i, at]) / upper[j, j]
+            codes[i, j] = best
+            error = (w[i, j] - values[best, i, j]) / upper[j, j]
             for m in range(j + 1, features):
-                w[i, order[m]] -= error * upper[j, m]
+                w[i, m] -= error * upper[j, m]

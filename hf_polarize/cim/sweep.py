@@ -32,7 +32,7 @@ from ..sources import load_data
 from .configuration import CIMConfig
 from .hook import attach_cim
 
-BACKBONE, CLOSED, DEFLATED, TRAINED, PER_CHIP = SWEPT
+BACKBONE, CLOSED, DEFLATED, TRAINED, PER_CHIP, WRITTEN = SWEPT
 
 
 def settings(recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -172,7 +172,7 @@ def _measure_chips(means: _Means, method: str, chip: CIMConfig, rank: int, seeds
     copied = copy.deepcopy(model)
     plan = make_plan(copied, config, replace(recipe, r=rank, rank_pattern=None).surrogate_config())
     weights = {}
-    if method == PER_CHIP:
+    if method in (PER_CHIP, WRITTEN):
         weights = {name: weight_matrix(module).detach().clone() for name, module in plan.layers.items()}
     closed_form = replace(recipe.closed_form(), deflated=method != CLOSED, allocation="uniform")
     outcome = carry_out(
@@ -188,10 +188,11 @@ def _measure_chips(means: _Means, method: str, chip: CIMConfig, rank: int, seeds
         attach_cim(copied, chip.replace(chip_seed=_seeds(recipe).stop), batches)  # none that it is measured on
         train(recipe, copied, *means.lessons, means.scratch)
     for seed in seeds:
-        attach_cim(copied, chip.replace(chip_seed=seed), batches)
-        if method == PER_CHIP:
-            calibrate_to_chip(copied, weights, means.statistics)
-        measure(copied, seed)
+        one = copy.deepcopy(copied) if method == WRITTEN else copied  # else its codes would be those of the last chip
+        attach_cim(one, chip.replace(chip_seed=seed), batches)
+        if weights:
+            calibrate_to_chip(one, weights, means.statistics, codes=method == WRITTEN)
+        measure(one, seed)
 
 
 def _seeds(recipe: Recipe) -> range:
