@@ -14,8 +14,8 @@ from .chip import fabricate_plane
 from .configuration import CIMConfig
 from .planes import group_scales, weight_code
 
-CHUNK = 2**24
-"""Values of all codes at a time."""
+BAND = 64
+"""Rows at a time."""
 
 
 def codes_for_cells(
@@ -40,54 +40,62 @@ def codes_for_cells(
     levels = layer.levels().cpu()
     code = weight_code(config, levels)
     group, share = group_scales(layer.block_scales().cpu(), layer.block_size, weight.shape, config)
+    grid = code.unit if config.mapping == "grid" else 0.0
     # what each cell holds if -1, 0 or 1 is written into it
-    made = []
-    for p in range(len(code.significance)):
-        planes = [
-            fabricate_plane(torch.full(share.shape, float(value)), config, name, p, float(code.significance[p]))
-            for value in (-1, 0, 1)
-        ]
-        gain = 1 if planes[0].gain is None else planes[0].gain.T[..., None]
-        made.append(torch.stack([plane.cells.float() * plane.unit * gain for plane in planes]))
+    made = [
+        [fabricate_plane(torch.full(share.shape, float(value)), config, name, p, significance) for value in (-1, 0, 1)]
+        for p, significance in enumerate(code.significance.tolist())
+    ]
     order, upper = (tensor.cpu() for tensor in inputs.feedback())
     upper = upper.float().contiguous()
     rest = weight.float().cpu()[:, order]
     chosen = torch.empty(weight.shape, dtype=torch.int64)
-    height = max(1, CHUNK // (len(levels) * share[0].numel()))
+
+    def in_order(values: torch.Tensor) -> torch.Tensor:
+        """Take `(..., rows, groups, rows of a group)` to `(..., rows, in)`, contiguous."""
+        return values.flatten(-2)[..., order].contiguous()
 
     def choose(top: int) -> None:
-        band = slice(top, top + height)
-        values = torch.zeros(len(levels), *share[band].shape)
-        index = torch.arange(len(levels)).view(-1, 1, 1, 1).expand(values.shape)
-        if config.mapping == "grid":
-            index = (levels.view(-1, 1, 1, 1) * share[band] * code.unit).round().long() + int(code.unit)
-        for p, cells in enumerate(made):
-            written = code.cells[:, p][index]
-            low, none, high = cells[:, band]
-            held = torch.where(written > 0, high, torch.where(written < 0, low, none))
-            values.add_(held, alpha=float(code.significance[p]))
-        values = (values * (group[band] / code.unit)[..., None]).flatten(2)[..., order]
-        _choose(values.numpy(), rest[band].numpy(), upper.numpy(), chosen[band].numpy())
+        band = slice(top, top + BAND)
+        held = []
+        for planes in made:
+            one = torch.stack([plane.cells[band].float() for plane in planes]) * (planes[0].unit / code.unit)
+            gain = group[band] if planes[0].gain is None else group[band] * planes[0].gain.T[band]
+            held.append(in_order(one * (planes[0].significance * gain)[..., None]))
+        _choose(
+            torch.stack(held).numpy(), code.cells.numpy(), levels.numpy(), grid, in_order(share[band]).numpy(),
+            rest[band].numpy(), upper.numpy(), chosen[band].numpy(),
+        )  # fmt: skip
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(choose, range(0, len(weight), height)))
+        list(pool.map(choose, range(0, len(weight), BAND)))
     codes = torch.empty_like(chosen)
     codes[:, order] = chosen
     return codes.to(weight.device)
 
 
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
-def _choose(values, w, upper, codes):  # type: ignore[no-untyped-def]
-    """Fill `codes` (rows, in) from `values` (levels, rows, in) and targets `w` (rows, in), which end as rubbish."""
-    features = w.shape[1]
+def _choose(held, cells, levels, grid, share, w, upper, codes):  # type: ignore[no-untyped-def]
+    """
+    Fill `codes` (rows, in) for targets `w` (rows, in), which end as rubbish.
+
+    `held` (planes, 3, rows, in): what a cell adds to its weight if -1, 0 or 1 is written into it. `cells` (values,
+    planes): what is written for each value of the array, which is that of a level, or that of the nearest number of
+    a grid of `grid` steps to a `share` (rows, in) of it. All but `codes` and `cells` is float32.
+    """
+    planes, features = held.shape[0], w.shape[1]
     for i in range(w.shape[0]):
         for j in range(features):
-            best, least = 0, np.inf
-            for k in range(values.shape[0]):
-                distance = abs(w[i, j] - values[k, i, j])
+            best, least, value = 0, np.float32(np.inf), np.float32(0)
+            for k in range(len(levels)):
+                index = int(np.rint(levels[k] * share[i, j] * np.float32(grid)) + grid) if grid else k
+                made = np.float32(0)
+                for p in range(planes):
+                    made += held[p, 1 + cells[index, p], i, j]
+                distance = abs(w[i, j] - made)
                 if distance < least:
-                    best, least = k, distance
+                    best, least, value = k, distance, made
             codes[i, j] = best
-            error = (w[i, j] - values[best, i, j]) / upper[j, j]
+            error = (w[i, j] - value) / upper[j, j]
             for m in range(j + 1, features):
                 w[i, m] -= error * upper[j, m]
