@@ -173,7 +173,7 @@ def test_predicted_losses_rank_the_layers_of_a_real_model_as_replays_do():
     model, tokenizer = load_model(Recipe(model="demo:smollm2"))
     plan = make_plan(model)
     plan.layers = {name: layer for i, (name, layer) in enumerate(plan.layers.items()) if i % 4 == 0}
-    batches = calibration_batches(model, "self", tokenizer, 256, 32 * 256, 2, seed=0)
+    batches = calibration_batches(model, "self", tokenizer, 256, 64 * 256, 2, seed=0)  # of half as many, 0.79 to 0.87
     known = {}
     for part in layer_statistics(model, batches, plan.layers, gradients=True, backbone=plan.quantized()):
         known.update(part)
