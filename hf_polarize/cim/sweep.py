@@ -8,7 +8,7 @@ import itertools
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ..checkpoint import prepare_folder, write_json
 from ..configuration import SurrogateConfig
 from ..deflation import calibrate_to_chip
 from ..distillation import teacher_dataset
+from ..evaluation import HeldOut
 from ..models import Batch
 from ..pipeline import Evaluator, at_most, load_model, recipe_batches, train
 from ..plan import make_plan
@@ -125,7 +126,7 @@ def sweep_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     return record
 
 
-@dataclass
+@dataclass(eq=False)
 class _Means:
     """What methods are made with, each part when it is first asked for."""
 
@@ -150,6 +151,23 @@ class _Means:
         return {name: known for part in parts for name, known in part.items()}
 
     @cached_property
+    def yardstick(self) -> HeldOut | None:
+        return HeldOut(self.model, self.held_back) if self.recipe.closed_form().chooses else None
+
+    @lru_cache(maxsize=1)  # noqa: B019, several methods start from the same one, and settings come one by one
+    def polarized(self, chip: CIMConfig, rank: int, deflated: bool) -> PreTrainedModel:
+        """The model in closed form, on no chip; what is chosen is chosen on a chip that none is measured on."""
+        config = self.recipe.polarize_config()
+        config.cim = chip.replace(chip_seed=_seeds(self.recipe).stop)
+        copied = copy.deepcopy(self.model)
+        plan = make_plan(copied, config, replace(self.recipe, r=rank, rank_pattern=None).surrogate_config())
+        closed_form = replace(self.recipe.closed_form(), deflated=deflated)
+        keep_losses = TRAINED in self.recipe.sweep_methods and bool(self.recipe.layer_weight)
+        outcome = carry_out(copied, plan, [self.statistics], closed_form, self.yardstick, keep_losses)
+        copied.layer_losses = outcome.losses
+        return copied
+
+    @cached_property
     def lessons(self) -> tuple[Any, Any]:
         """What the original says, to train on and to stop by."""
         fresh = at_most(self.batches, self.recipe.train_tokens, self.model)
@@ -160,30 +178,17 @@ class _Means:
 def _measure_chips(means: _Means, method: str, chip: CIMConfig, rank: int, seeds: list[int], measure: Any) -> None:
     """Make the model of a method once, and run it on every chip."""
     recipe, model, batches = means.recipe, means.model, means.calibration
-    config = recipe.polarize_config()
-    config.cim = chip
+    plan = make_plan(model, recipe.polarize_config(), SurrogateConfig(r=1))
     if method == BACKBONE:
-        plan = make_plan(model, config, SurrogateConfig(r=1))
         for seed in seeds:
             plan.quantizer.quantization_config.cim = chip.replace(chip_seed=seed)
             with rounded_backbone(model, plan, batches):
                 measure(model, seed)
         return
-    copied = copy.deepcopy(model)
-    plan = make_plan(copied, config, replace(recipe, r=rank, rank_pattern=None).surrogate_config())
+    copied = copy.deepcopy(means.polarized(chip, rank, method != CLOSED))
     weights = {}
     if method in (PER_CHIP, WRITTEN):
-        weights = {name: weight_matrix(module).detach().clone() for name, module in plan.layers.items()}
-    closed_form = replace(recipe.closed_form(), deflated=method != CLOSED, allocation="uniform")
-    outcome = carry_out(
-        copied,
-        plan,
-        [means.statistics],
-        closed_form,
-        None,
-        keep_losses=method == TRAINED and bool(recipe.layer_weight),
-    )
-    copied.layer_losses = outcome.losses
+        weights = {name: weight_matrix(module).detach() for name, module in plan.layers.items()}
     if method == TRAINED:
         attach_cim(copied, chip.replace(chip_seed=_seeds(recipe).stop), batches)  # none that it is measured on
         train(recipe, copied, *means.lessons, means.scratch)
