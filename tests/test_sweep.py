@@ -31,6 +31,7 @@ r: 4
 cim: noisy
 deflated: true
 two_sided: true
+allocation: sensitivity
 calibration: {tmp_path / "calibration.txt"}
 evaluation: {tmp_path / "evaluation.txt"}
 max_tokens: 512
