@@ -1,6 +1,7 @@
 """What is accepted, what is refused and how, and what survives a round trip."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from peft import LoraConfig
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from hf_polarize import PolarizeConfig, SurrogateConfig
+from hf_polarize import CIMConfig, PolarizeConfig, SurrogateConfig
 
 configs = st.builds(
     lambda backbone, double_quant, dtype, activations, skip: PolarizeConfig(
@@ -105,3 +106,41 @@ def test_peft_knows_every_key_that_a_surrogate_writes():
 def test_what_breaks_the_format_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         SurrogateConfig(**arguments)
+
+
+def test_the_physical_defaults_of_a_chip():
+    """kT/C of 128 cells of 1 fF at 300 K is 0.18 mV; a count of 128 rows at 0.8 V is 6.25 mV."""
+    config = CIMConfig(rows=128, adc_bits=7, adc_noise=0.0)
+    assert config.reading_noise == pytest.approx(0.18 / 6.25, rel=0.01)
+    assert CIMConfig(rows=128, adc_bits=7).reading_noise == pytest.approx(math.hypot(0.5, 0.18) / 6.25, rel=0.01)
+    assert CIMConfig().cell_mismatch == pytest.approx(0.00664, rel=0.001)
+    assert CIMConfig(cell_capacitance=4.0).cell_mismatch == pytest.approx(0.00332, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"rows": 0}, "rows must be an integer in 1..4096; got 0"),
+        ({"input_bits": 9}, "input_bits must be an integer in 2..8; got 9"),
+        ({"adc_bits": 0}, "adc_bits must be an integer in 1..16"),
+        ({"encoding": "offset"}, "encoding must be one of 'twos_complement', 'sign_magnitude'; got 'offset'"),
+        ({"mismatch": -0.1}, r"mismatch must be a number in 0.0..1.0; got -0.1"),
+        ({"stuck_at_zero": 0.7, "stuck_at_one": 0.7}, "sum is above 1"),
+        ({"mapping": "learned", "weight_bits": 8}, "has weight_bits of 4 to 7 planes; got 8"),
+        ({"mapping": "one_hot", "rows": 48}, "rows that divide the 64 weights"),
+        ({"chip_seed": "a"}, "chip_seed must be an integer"),
+    ],
+)
+def test_chips_that_can_not_be_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CIMConfig(**arguments)
+
+
+def test_presets_and_dicts_of_chips():
+    with pytest.raises(ValueError, match="no preset 'nosy'; known are 'ideal', "):
+        CIMConfig.preset("nosy")
+    with pytest.raises(ValueError, match="no 'adc_bit'; the nearest is 'adc_bits'"):
+        CIMConfig.from_dict({"adc_bit": 3})
+    config = CIMConfig.preset("nvm", chip_seed=3)
+    assert CIMConfig.from_dict(config.to_dict()) == config
+    assert CIMConfig().to_dict() == {}
