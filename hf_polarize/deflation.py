@@ -10,6 +10,7 @@ the array, or the rounding of its inputs, never sees the few directions that car
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,36 +118,52 @@ def deflating_path(metric: torch.Tensor, covariance: torch.Tensor, rank: int) ->
     return a * balance[:, None], r / balance, s
 
 
-def execution_noise(
-    layer: BackboneLayer, config: PolarizeConfig, importance: torch.Tensor, made: bool = False
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class Execution:
     """
-    Return what the execution of a layer adds to M: the variance of its output per variance of each input.
+    What a backbone layer computes where it runs, over all chips of a kind, or with rounded inputs.
 
-    Mismatch makes the weight q_ij vary by V_ij, so input j is worth sum_i g_i V_ij. Noise of readings, of the ADC and
-    of rounded inputs is as large as a token's scale, (CREST / largest integer)^2 times its mean square: it is shared
-    by all inputs alike.
+    Mismatch makes a weight vary from chip to chip. Noise of readings, of the ADC and of rounded inputs is as large as
+    a token's scale, (CREST / largest integer)^2 times its mean square: it is shared by all inputs alike.
 
-    Args:
-        layer ([`~hf_polarize.formats.BackboneLayer`]): the backbone's.
-        config ([`PolarizeConfig`]): with `cim` or `activations`.
-        importance (`torch.Tensor` of shape `(out,)`): g, the diagonal of G; ones without.
-        made (`bool`): for one chip, whose weights are known; V is zero.
-
-    Returns:
-        `torch.Tensor` of shape `(in,)`, float64.
+    Attributes:
+        weight (`torch.Tensor` of shape `(out, in)`): on average, float64: the values of the format on the grid of the
+            array, with stuck cells and IR drop.
+        variance (`torch.Tensor` of shape `(out, in)`): of each weight over chips, float64.
+        random (`torch.Tensor` of shape `(out,)`): variance of each output per mean square of the inputs, float64.
     """
-    weight = layer.dequantized().double()
-    g = importance.to(weight)
-    squares = g @ weight.square()
-    if config.cim is None:
-        step = ACTIVATION_STEPS[config.activations or "int8"]
-        return torch.full_like(squares, float(squares.sum()) * (CREST * step) ** 2 / 12 / len(squares))
-    _, static, random = (moment.double() for moment in chip_moments(layer, config.cim))
-    largest = 2 ** (config.cim.input_bits - 1) - 1
-    shared = float(g @ random) + float(squares.sum()) / 12
-    noise = torch.full_like(squares, shared * (CREST / largest) ** 2 / len(squares))
-    return noise if made else noise + g @ static
+
+    weight: torch.Tensor
+    variance: torch.Tensor
+    random: torch.Tensor
+
+    @classmethod
+    def of(cls, layer: BackboneLayer, config: PolarizeConfig) -> Execution:
+        """Return that of a layer with `cim` or `activations`."""
+        weight = layer.dequantized().double()
+        rounding = weight.square().sum(1) / 12
+        if config.cim is None:
+            step = ACTIVATION_STEPS[config.activations or "int8"]
+            return cls(weight, torch.zeros_like(weight), rounding * (CREST * step) ** 2)
+        mean, variance, random = (moment.double() for moment in chip_moments(layer, config.cim))
+        largest = 2 ** (config.cim.input_bits - 1) - 1
+        return cls(mean, variance, (random + rounding) * (CREST / largest) ** 2)
+
+    def metric(self, weight: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor:
+        """
+        Return M `(in, in)` = E^T G E + diag(c), E = W less the weight as executed.
+
+        c is the variance of the output per variance of each input: c_j = sum_i G_ii V_ij + the shared noise.
+
+        Args:
+            weight (`torch.Tensor` of shape `(out, in)`): W, float64.
+            g (`torch.Tensor` of shape `(out, out)`, *optional*): G; I if left out.
+        """
+        error = weight - self.weight
+        importance = torch.ones_like(error[:, 0]) if g is None else g.diagonal()
+        m = error.T @ (error if g is None else g @ error)
+        noise = importance @ self.variance + importance @ self.random / error.shape[1]
+        return m + torch.diag(noise + 1e-6 * (m.diagonal().mean() + noise.mean()))
 
 
 def deflate(
@@ -162,8 +179,8 @@ def deflate(
     """
     Find the deflating path of a layer that runs on any chip of a kind, and the backbone that suits it.
 
-    M = E^T G E + diag(c), c of [`execution_noise`]: A and R by [`deflating_path`], then codes and scales for what is
-    left of the input, H' = (I - R A) H (I - R A)^T, then A and R once more.
+    M of [`Execution`]: A and R by [`deflating_path`], then codes and scales for what is left of the input,
+    H' = (I - R A) H (I - R A)^T, then A and R once more.
 
     Args:
         layer ([`~hf_polarize.formats.BackboneLayer`]): holds W, quantized; changed in place.
@@ -180,25 +197,15 @@ def deflate(
     """
     w, h, g = weight.double(), inputs.matrix, output_covariance
     outputs = Covariance(g) if g is not None and closed_form.two_sided else None
-    identity = torch.eye(len(h), dtype=h.dtype, device=h.device)
-
-    def metric(weighted: bool = True) -> torch.Tensor:
-        error = w - layer.dequantized().double()
-        known = g if weighted else None
-        importance = torch.ones_like(w[:, 0]) if known is None else known.diagonal()
-        seen = error if known is None else known @ error
-        m = error.T @ seen
-        noise = execution_noise(layer, config, importance)
-        return m + torch.diag(noise + 1e-6 * (m.diagonal().mean() + noise.mean()))
-
     if closed_form.scale_search or closed_form.alternations:
-        a, r, _ = deflating_path(metric(), h, rank)
-        rest = identity - r @ a
+        a, r, _ = deflating_path(Execution.of(layer, config).metric(w, g), h, rank)
+        rest = torch.eye(len(h), dtype=h.dtype, device=h.device) - r @ a
         requantize(
             layer, weight, Covariance(damped(rest @ h @ rest.T)), 0, closed_form.alternations,
             closed_form.scale_search, outputs,
         )  # fmt: skip
-    m, plain = metric(), metric(weighted=False)
+    execution = Execution.of(layer, config)
+    m, plain = execution.metric(w, g), execution.metric(w, None)
     a, r, s = deflating_path(m, h, largest)
     b = (w - layer.dequantized().double()) @ r
     # tr(M (I - R A) H (I - R A)^T), multiplied out, for every number of paths
@@ -236,15 +243,19 @@ def calibrate_to_chip(
             [`~hf_polarize.cim.programming.codes_for_cells`]. It takes a chip whose cells were measured one by one.
 
     Raises:
-        ValueError: If a layer is on no chip, or not deflated.
+        ValueError: If a layer is not deflated, or none is on a chip.
     """
     core = core_model(model)
     config: PolarizeConfig = core.config.quantization_config
-    for name, (a, b) in logging.tqdm(factors(core).items(), desc="calibrating to the chip", unit="layer"):
-        layer: BackboneLayer = core.get_submodule(name).get_base_layer()  # type: ignore[operator]
-        if layer.chip is None or layer.deflation is None:
-            raise ValueError(f"{name} is on no chip, or not deflated: polarize with deflated=True and a chip first")
-        known, w = statistics[name], weights[name].double()
+    pairs = factors(core)
+    bases = {name: core.get_submodule(name).get_base_layer() for name in pairs}  # type: ignore[operator]
+    on_chip: dict[str, BackboneLayer] = {name: layer for name, layer in bases.items() if layer.chip is not None}
+    plain = [name for name, layer in on_chip.items() if layer.deflation is None]
+    if plain or not on_chip:
+        what = f"{plain[0]} is not deflated" if plain else "no surrogate stands beside a layer on a chip"
+        raise ValueError(f"{what}: polarize with deflated=True and a chip first")
+    for name, layer in logging.tqdm(on_chip.items(), desc="calibrating to the chip", unit="layer"):
+        (a, b), known, w = pairs[name], statistics[name], weights[name].double()
         first, r = _path_on_chip(layer, w, known, len(a), config)
         if codes:
             rest = torch.eye(w.shape[1], dtype=w.dtype, device=w.device) - r @ first
@@ -263,12 +274,10 @@ def _path_on_chip(
     layer: BackboneLayer, weight: torch.Tensor, known: Statistics, rank: int, config: PolarizeConfig
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A and R for the error of the chip that a layer is on."""
-    error = weight - layer.chip.fast.weight.double()
     g = None if known.g is None else damped(known.g, OUTPUT_DAMPING)
-    importance = torch.ones_like(weight[:, 0]) if g is None else g.diagonal()
-    m = error.T @ (error if g is None else g @ error)
-    noise = execution_noise(layer, config, importance, made=True) + 1e-6 * m.diagonal().mean()
-    a, r, _ = deflating_path(m + torch.diag(noise), damped(known.h), rank)
+    any_chip = Execution.of(layer, config)
+    this = replace(any_chip, weight=layer.chip.fast.weight.double(), variance=torch.zeros_like(weight))
+    a, r, _ = deflating_path(this.metric(weight, g), damped(known.h), rank)
     return a, r
 
 

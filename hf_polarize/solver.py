@@ -69,8 +69,8 @@ def solve(
             predicted = 0.5 * float((g @ error @ h * error).sum())
             if known.loss > 0 and predicted > 0:
                 g *= known.loss / predicted
-        if closed_form.deflated:
-            config = plan.quantizer.quantization_config
+        config = plan.quantizer.quantization_config
+        if closed_form.deflated and (config.cim is None or config.cim.covers(name)):
             found.one_sided[name] = deflate(layer, weight, inputs, rank, largest[name], config, closed_form, g)
             bar.update()
             return

@@ -201,9 +201,10 @@ def test_measured_ranges_are_kept(how, tmp_path):
     assert torch.equal(output(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), inputs), measured)
 
 
-def test_the_fast_model_knows_where_it_is_not_valid(tmp_path):
+@pytest.mark.parametrize("bits", [3, 6])
+def test_the_fast_model_knows_where_it_is_not_valid(bits, tmp_path):
     model = quantized("llama-tied", tmp_path)
-    dead_zone = CIMConfig(encoding="sign_magnitude", adc_bits=3, mismatch=0.0, read_noise=0.0)
+    dead_zone = CIMConfig(encoding="sign_magnitude", adc_bits=bits, mismatch=0.0, read_noise=0.0)
     with pytest.raises(ValueError, match=r'fast model is not valid for .*model="auto" runs such layers exactly'):
         attach_cim(model, dead_zone.replace(model="fast"))
     assert all(chip.exact and chip.reason for _, chip in chips(attach_cim(model, dead_zone)))

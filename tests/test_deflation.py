@@ -18,10 +18,11 @@ from hf_polarize import (
 from hf_polarize.backbone import quantize_linear
 from hf_polarize.calibration import layer_statistics
 from hf_polarize.cim.hook import OnChip
+from hf_polarize.cim.moments import chip_moments
 from hf_polarize.cim.planes import weight_code
 from hf_polarize.cim.programming import codes_for_cells
 from hf_polarize.compensation import compensate, damped
-from hf_polarize.deflation import Deflation, calibrate_to_chip, deflate, deflating_path
+from hf_polarize.deflation import Deflation, calibrate_to_chip, deflate, deflating_path, removed_directions
 from hf_polarize.plan import make_plan
 from hf_polarize.rounding import Covariance, round_with_feedback, spread
 from hf_polarize.surrogate import factors
@@ -106,6 +107,9 @@ def test_on_an_ideal_chip_it_is_what_is_computed_off_it():
         NOISY.replace(read_noise=0.3),
         NOISY.replace(read_noise=0.0, adc_bits=None),
         CIMConfig(mismatch=0.02, read_noise=0.0, adc_bits=None),
+        CIMConfig(mismatch=0.02, read_noise=0.0, adc_bits=None, ir_drop=0.3),
+        CIMConfig(mismatch=0.02, read_noise=0.0, adc_bits=None, weight_bits=5),
+        NOISY.replace(read_noise=0.0, adc_bits=None, mismatch=0.02, stuck_at_zero=0.02, stuck_at_one=0.01),
     ],
 )
 def test_the_expected_error_is_that_of_many_chips(chip):
@@ -155,6 +159,28 @@ def test_rounded_activations_lose_less(activations):
     assert float((deflated - exact).norm()) < 0.9 * float((rounded - exact).norm())
 
 
+@pytest.mark.parametrize("encoding", ["sign_magnitude", "twos_complement"])
+@pytest.mark.parametrize(
+    "defects",
+    [
+        {"mismatch": 0.1, "ir_drop": 0.2},
+        {"mismatch": 0.05, "stuck_at_zero": 0.05, "stuck_at_one": 0.1},
+        {"mismatch": 0.0, "drift_exponent": 0.05, "drift_spread": 0.02, "drift_time": 1e5},
+    ],
+)
+def test_weights_over_chips_have_the_moments_that_are_computed(encoding, defects):
+    """What sampled chips and the closed form go by, against 300 chips that are made."""
+    linear = torch.nn.Linear(64, 32, bias=False)
+    config = CIMConfig(encoding=encoding, read_noise=0.0, adc_bits=None, **defects)
+    layer = quantize_linear(linear, PolarizeConfig(cim=config))
+    mean, variance, _ = chip_moments(layer, config)
+    made = [OnChip(layer, "layer", config.replace(chip_seed=seed)).fast.weight.float() for seed in range(300)]
+    found = torch.stack(made)
+    off = (found.mean(0) - mean) / (variance / 300 + 1e-12).sqrt()
+    assert float(off.square().mean()) == pytest.approx(1, abs=0.2)
+    assert float(found.var(0).sum() / variance.sum()) == pytest.approx(1, abs=0.05)
+
+
 def test_a_checkpoint_keeps_what_is_removed(tmp_path):
     model = polarized(cim=NOISY)
     inputs = tiny_inputs(model)
@@ -167,6 +193,29 @@ def test_a_checkpoint_keeps_what_is_removed(tmp_path):
     plain = polarize(tiny_model("llama-tied"), batches(), max_tokens=256, window=32)
     save_polarized(plain, tmp_path / "out", overwrite=True)
     assert not (tmp_path / "out" / "deflation.safetensors").exists()
+
+
+def test_layers_off_the_chip_are_solved_as_such(tmp_path):
+    """They keep what an exact backbone gets, and a calibration to the chip leaves them alone."""
+    original = tiny_model("llama-tied")
+    chip = NOISY.replace(layers=["mlp"])
+    model = polarized(cim=chip)
+    assert {name.rpartition(".")[0].rpartition(".")[2] for name in removed_directions(model)} == {"mlp"}
+    exact = factors(polarize(
+        tiny_model("llama-tied"), batches(), PolarizeConfig(), SurrogateConfig(r=4), ClosedForm(),
+        max_tokens=256, window=32,
+    ))  # fmt: skip
+    before = {name: b.detach().clone() for name, (_, b) in factors(model).items()}
+    for name, (a, b) in factors(model).items():
+        same = torch.allclose((b @ a), (exact[name][1] @ exact[name][0]), rtol=1e-3, atol=1e-5)
+        assert same == ("self_attn" in name), name
+    plan = make_plan(original, PolarizeConfig(cim=chip), SurrogateConfig(r=4))
+    (known,) = layer_statistics(original, batches(), plan.layers, 2**40)
+    calibrate_to_chip(model, {name: module.weight.detach() for name, module in plan.layers.items()}, known)
+    for name, (_, b) in factors(model).items():
+        assert torch.equal(b, before[name]) == ("self_attn" in name), name
+    with pytest.raises(ValueError, match="no surrogate stands beside a layer on a chip"):
+        calibrate_to_chip(detach_cim(model), {}, {})
 
 
 def test_there_must_be_something_to_deflate_against():

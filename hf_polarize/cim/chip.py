@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .configuration import DRIFT_START, CIMConfig
+from .configuration import CIMConfig
 from .planes import WeightCode
 
 LARGEST_CELL = 3.0
@@ -141,8 +141,8 @@ def _made(written: torch.Tensor, config: CIMConfig, generator: torch.Generator) 
     factor = nominal_factor(config, written.device)
     if config.cell_mismatch:
         factor = factor * draw().mul_(config.cell_mismatch).add_(1)
-    if config.drift_spread and config.drift_time > DRIFT_START:
-        factor = factor * torch.exp(draw() * (-config.drift_spread * math.log(config.drift_time / DRIFT_START)))
+    if config.log_drift_spread:
+        factor = factor * torch.exp(draw() * -config.log_drift_spread)
     if bool((factor == 1).all()):
         return cells.to(torch.int16), 1.0
     step = cell_resolution(config.rows)

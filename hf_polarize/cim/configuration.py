@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -224,10 +225,18 @@ class CIMConfig:
         return math.exp(-self.drift_exponent * math.log(self.drift_time / DRIFT_START))
 
     @property
+    def log_drift_spread(self) -> float:
+        """Standard deviation over cells of the logarithm of what drift leaves of them."""
+        return self.drift_spread * math.log(self.drift_time / DRIFT_START)
+
+    @property
     def static_variance(self) -> float:
-        """Variance of an active cell in units of a nominal one: mismatch, the spread of drift, stuck cells."""
-        spread = self.drift_spread * math.log(self.drift_time / DRIFT_START)
-        return self.cell_mismatch**2 + spread**2 + self.stuck_at_zero + self.stuck_at_one
+        """Variance of an active cell in units of a nominal one, stuck cells included."""
+        return self.cell_mismatch**2 + self.log_drift_spread**2 + self.stuck_at_zero + self.stuck_at_one
+
+    def covers(self, layer: str) -> bool:
+        """Whether a layer of this name is on the chip."""
+        return self.layers is None or any(re.search(pattern, layer) for pattern in self.layers)
 
     def replace(self, **changes: Any) -> CIMConfig:
         """Return a copy with other values."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -183,11 +182,7 @@ def _chosen(core: nn.Module, config: CIMConfig) -> dict[str, BackboneLayer]:
         raise ValueError(
             "cim: the model has no backbone to put on a chip; load it with quantization_config=PolarizeConfig(...)"
         )
-    chosen = {
-        name: layer
-        for name, layer in layers.items()
-        if config.layers is None or any(re.search(pattern, name) for pattern in config.layers)
-    }
+    chosen = {name: layer for name, layer in layers.items() if config.covers(name)}
     if not chosen:
         raise ValueError(f"cim: none of the {len(layers)} layers has a name that layers={config.layers} finds")
     for name, layer in chosen.items():

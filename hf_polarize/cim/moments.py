@@ -166,11 +166,16 @@ def chip_moments(layer: BackboneLayer, config: CIMConfig) -> tuple[torch.Tensor,
     indices, scale = grouped_weights(layer.units(), layer.block_scales(), layer.block_size, config, levels)
     code, indices = weight_code(config, levels), indices.int()
     squared = code.significance.square()
-    active = ((code.cells != 0).double() @ squared).float().to(scale.device)
-    values = (code.cells.double() @ code.significance).float().to(scale.device)
+    works, one = 1 - config.stuck_at_zero - config.stuck_at_one, config.stuck_at_one
+    cells = code.cells.double()
+    drifted = config.log_drift_spread**2  # of a log-normal factor
+    usual = (works * cells + (0 if config.signed else one)) * math.exp(drifted / 2)  # stuck at 1, or at 1 and -1
+    square = (works * cells.square() + one) * (1 + config.cell_mismatch**2) * math.exp(2 * drifted)
+    values = (usual @ code.significance).float().to(scale.device)
+    spread = ((square - usual.square()) @ squared).float().to(scale.device)
     wires = nominal_factor(config, scale.device) / config.drift
     mean = values[indices] * scale[..., None] * wires
-    variance = config.static_variance * active[indices] * (scale[..., None] * wires).square()
+    variance = spread[indices] * (scale[..., None] * wires).square()
     inputs = integer_planes(torch.zeros(1), config.input_bits, config.encoding)[1].square().sum()
     reading = (config.reading_noise / config.drift) ** 2
     if config.adc_bits is not None:
