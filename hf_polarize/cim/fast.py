@@ -68,7 +68,7 @@ def agreement(converter: Converter, cells: float, config: CIMConfig) -> torch.Te
     Returns:
         `torch.Tensor` of shape `(rows + 1,)`, float64.
     """
-    rows, random = config.rows, np.random.default_rng(0)
+    rows, random = config.rows, np.random.RandomState(0)  # the one whose numbers NumPy never changes (NEP 19)
     factor, mismatch = float(nominal_factor(config, torch.device("cpu")).mean()), config.static_variance**0.5
 
     def normal(deviation: float | np.ndarray) -> np.ndarray:
