@@ -150,17 +150,18 @@ def plot_curves(
     """Plot the loss of each method against ranks or tokens, between the original's and the backbone's."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 4.2), layout="constrained")
     axis = figure.subplots()
     for name, points in curves.items():
         axis.plot(*zip(*points, strict=True), "o-", label=name, markersize=4)
     axis.axhline(backbone, color="0.4", linestyle=":", label="backbone alone")
     axis.axhline(original, color="0.0", linestyle="--", label="original")
     axis.set_xscale("log", base=2)
+    axis.set_xticks(shown := sorted({x for points in curves.values() for x, _ in points}), labels=map(str, shown))
     axis.set_xlabel(label)
     axis.set_ylabel("loss, nats per token")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=130)
 
 
