@@ -171,13 +171,15 @@ def test_rounded_activations_lose_less(activations):
 def test_weights_over_chips_have_the_moments_that_are_computed(encoding, defects):
     """What sampled chips and the closed form go by, against 300 chips that are made."""
     linear = torch.nn.Linear(64, 32, bias=False)
+    linear.weight = torch.nn.Parameter(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)))
     config = CIMConfig(encoding=encoding, read_noise=0.0, adc_bits=None, **defects)
     layer = quantize_linear(linear, PolarizeConfig(cim=config))
     mean, variance, _ = chip_moments(layer, config)
     made = [OnChip(layer, "layer", config.replace(chip_seed=seed)).fast.weight.float() for seed in range(300)]
     found = torch.stack(made)
-    off = (found.mean(0) - mean) / (variance / 300 + 1e-12).sqrt()
-    assert float(off.square().mean()) == pytest.approx(1, abs=0.2)
+    varies = variance > 0  # a differential cell that holds 0 has no mismatch
+    off = ((found.mean(0) - mean) / (variance / 300).sqrt())[varies]
+    assert float(off.square().mean()) == pytest.approx(1, abs=5 * (2 / len(off)) ** 0.5)  # chi-squared
     assert float(found.var(0).sum() / variance.sum()) == pytest.approx(1, abs=0.05)
 
 
@@ -195,7 +197,7 @@ def test_a_checkpoint_keeps_what_is_removed(tmp_path):
     assert not (tmp_path / "out" / "deflation.safetensors").exists()
 
 
-def test_layers_off_the_chip_are_solved_as_such(tmp_path):
+def test_layers_off_the_chip_are_solved_as_such():
     """They keep what an exact backbone gets, and a calibration to the chip leaves them alone."""
     original = tiny_model("llama-tied")
     chip = NOISY.replace(layers=["mlp"])
@@ -207,7 +209,7 @@ def test_layers_off_the_chip_are_solved_as_such(tmp_path):
     ))  # fmt: skip
     before = {name: b.detach().clone() for name, (_, b) in factors(model).items()}
     for name, (a, b) in factors(model).items():
-        same = torch.allclose((b @ a), (exact[name][1] @ exact[name][0]), rtol=1e-3, atol=1e-5)
+        same = torch.allclose(b @ a, exact[name][1] @ exact[name][0], rtol=1e-3, atol=1e-5)
         assert same == ("self_attn" in name), name
     plan = make_plan(original, PolarizeConfig(cim=chip), SurrogateConfig(r=4))
     (known,) = layer_statistics(original, batches(), plan.layers, 2**40)

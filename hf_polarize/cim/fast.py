@@ -304,6 +304,7 @@ def _fit(
     """Run some columns exactly, scale the noise of the fast model to their errors, and say where it can't be right."""
     if converter is None or not bool((fast.std > 0).any()):
         return None  # the noise of readings alone, or none at all
+    # noise of half a step smooths the steps: exp(-pi^2 / 2) of their mean error is left
     if config.signed and not converter.mid_rise and converter.step >= max(2, 2 * config.reading_noise):
         return f"a dead zone: counts up to {converter.step / 2:g} read as 0"
     few_large, _ = quantized_inputs(typical[: len(typical) // 4] ** 3, config.input_bits)
