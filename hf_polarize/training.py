@@ -18,6 +18,7 @@ from .backbone import backbone_layers
 from .cim.hook import reset_reads
 from .cim.variation import SampledChips
 from .compensation import LayerLoss
+from .deflation import removed_directions
 from .distillation import (
     HIDDEN,
     INDICES,
@@ -52,8 +53,9 @@ def trainable_parameters(model: nn.Module, parts: Sequence[str] = ("surrogate",)
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): polarized.
-        parts (`Sequence[str]`): of `"surrogate"` (A and B), `"scales"` (the block scales of an NF4 backbone),
-            `"norms"` (weights and biases of the normalization layers) and `"biases"` (of the backbone's layers).
+        parts (`Sequence[str]`): of `"surrogate"` (A and B; B alone where a layer runs deflated), `"scales"` (the block
+            scales of an NF4 backbone), `"norms"` (weights and biases of the normalization layers) and `"biases"` (of
+            the backbone's layers).
 
     Returns:
         `dict[str, list[nn.Parameter]]`: the parameters of each part; empty where the model has none.
@@ -69,7 +71,10 @@ def trainable_parameters(model: nn.Module, parts: Sequence[str] = ("surrogate",)
     layers = [layer for _, layer in backbone_layers(core)]
     found: dict[str, list[nn.Parameter]] = {part: [] for part in parts}
     if "surrogate" in found:
-        found["surrogate"] = [factor for pair in factors(core).values() for factor in pair]
+        deflated = removed_directions(core)  # there A and R belong together, and R is no parameter
+        found["surrogate"] = [
+            factor for name, pair in factors(core).items() for factor in (pair[1:] if name in deflated else pair)
+        ]
     if "scales" in found:
         found["scales"] = [layer.free_scales() for layer in layers if isinstance(layer, BackboneLinear4bit)]
     if "norms" in found:
@@ -170,10 +175,11 @@ class PolarizeTrainer(Trainer):
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             rate = self.args.learning_rate
             parts = {**self.parts}
-            surrogate = parts.pop("surrogate", [])  # A and B in turn
+            surrogate, first = parts.pop("surrogate", []), {id(a) for a, _ in factors(core_model(self.model)).values()}
+            pair = {part: [p for p in surrogate if (id(p) in first) == (part == "A")] for part in "AB"}
             groups = [
                 {"params": parameters, "lr": rate * self.rates[part], "weight_decay": self.args.weight_decay}
-                for part, parameters in {"A": surrogate[::2], "B": surrogate[1::2], **parts}.items()
+                for part, parameters in {**pair, **parts}.items()
                 if parameters
             ]
             optimizer: torch.optim.Optimizer = cls(groups, **options)

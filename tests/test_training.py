@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from conftest import output, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, LlamaForSequenceClassification, TrainingArguments
 
-from hf_polarize import PolarizeConfig, SurrogateConfig, polarize, save_polarized
+from hf_polarize import CIMConfig, PolarizeConfig, SurrogateConfig, attach_cim, polarize, save_polarized
 from hf_polarize.backbone import backbone_layers
+from hf_polarize.cim.hook import reset_reads
+from hf_polarize.cim.variation import SampledChips
 from hf_polarize.configuration import ClosedForm
 from hf_polarize.data import split
 from hf_polarize.distillation import (
@@ -152,6 +154,46 @@ def test_distilling_brings_the_model_nearer_and_trains_surrogates_alone(tmp_path
     assert record["end"] < 0.95 * record["start"]
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed and all(".lora_A." in key or ".lora_B." in key for key in changed)
+
+
+@pytest.mark.parametrize("deflated", [False, True])
+def test_on_a_chip_any_chip_is_trained_on_and_the_own_one_is_left(tmp_path, deflated):
+    """What is deflated depends on A and R together: there B is trained alone."""
+    chip = CIMConfig.preset("noisy", chip_seed=3)
+    closed_form = ClosedForm(scale_search=False, alternations=0, gradients=False, deflated=deflated)
+    model, data, held_out = make(tmp_path, config=PolarizeConfig("nf4", cim=chip), closed_form=closed_form)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    record = distill(
+        model, data, held_out, tmp_path / "run", epochs=4, learning_rate=5e-3, batch_size=4, bf16=False, patience=9
+    )
+    assert record["end"] < record["start"]
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert {key.rpartition(".lora_")[2][0] for key in changed} == ({"B"} if deflated else {"A", "B"})
+    reset_reads(model)
+    trained = output(model, tiny_inputs(model))
+    assert torch.equal(trained, output(attach_cim(model, chip), tiny_inputs(model)))
+
+
+def test_a_sampled_chip_is_the_same_under_the_same_names():
+    model = tiny_model("llama-untied")
+    polarize(model, [tiny_inputs(model)], PolarizeConfig("nf4"), SurrogateConfig(r=4), PLAIN)
+    attach_cim(model, CIMConfig.preset("noisy"))
+    sampled = SampledChips(model)
+
+    def on(*names):
+        reset_reads(model)
+        sampled.take(*names)
+        found = output(model, tiny_inputs(model))
+        sampled.restore()
+        return found
+
+    reset_reads(model)
+    own = output(model, tiny_inputs(model))
+    first = on("training", 1)
+    assert torch.equal(first, on("training", 1))
+    assert not any(torch.equal(first, other) for other in (own, on("training", 2), on("evaluation", 1)))
+    reset_reads(model)
+    assert torch.equal(own, output(model, tiny_inputs(model)))
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
