@@ -17,10 +17,12 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from .backbone import backbone_layers
 from .calibration import Statistics
 from .cim.configuration import CIMConfig
-from .cim.hook import OnChip
+from .cim.hook import OnChip, attach_cim
 from .cim.moments import chip_moments
+from .cim.planes import executed_levels
 from .cim.programming import codes_for_cells
 from .compensation import OUTPUT_DAMPING, Compensation, damped
 from .configuration import ClosedForm, PolarizeConfig
@@ -84,6 +86,9 @@ def attach_deflation(core: nn.Module, removed: Mapping[str, torch.Tensor]) -> No
             raise ValueError(f"no surrogate of rank {r.shape[1]} stands beside {name}: it can't run deflated")
         base: BackboneLayer = layer.get_base_layer()  # type: ignore[assignment]
         base.deflation = Deflation(base, layer.lora_A[adapter], r)
+    chip = next((layer.chip.config for _, layer in backbone_layers(core) if layer.chip is not None), None)
+    if removed and chip is not None and chip != chip.quietly():
+        attach_cim(core, chip)  # written as a deflated layer is
 
 
 def removed_directions(core: nn.Module) -> dict[str, torch.Tensor]:
@@ -145,8 +150,9 @@ class Execution:
         if config.cim is None:
             step = ACTIVATION_STEPS[config.activations or "int8"]
             return cls(weight, torch.zeros_like(weight), rounding * (CREST * step) ** 2)
-        mean, variance, random = (moment.double() for moment in chip_moments(layer, config.cim))
-        largest = 2 ** (config.cim.input_bits - 1) - 1
+        chip = config.cim.quietly()
+        mean, variance, random = (moment.double() for moment in chip_moments(layer, chip))
+        largest = 2 ** (chip.input_bits - 1) - 1
         return cls(mean, variance, (random + rounding) * (CREST / largest) ** 2)
 
     def metric(self, weight: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor:
@@ -180,7 +186,7 @@ def deflate(
     Find the deflating path of a layer that runs on any chip of a kind, and the backbone that suits it.
 
     M of [`Execution`]: A and R by [`deflating_path`], then codes and scales for what is left of the input,
-    H' = (I - R A) H (I - R A)^T, then A and R once more.
+    H' = (I - R A) H (I - R A)^T, and for the values that codes have on the array, then A and R once more.
 
     Args:
         layer ([`~hf_polarize.formats.BackboneLayer`]): holds W, quantized; changed in place.
@@ -202,7 +208,7 @@ def deflate(
         rest = torch.eye(len(h), dtype=h.dtype, device=h.device) - r @ a
         requantize(
             layer, weight, Covariance(damped(rest @ h @ rest.T)), 0, closed_form.alternations,
-            closed_form.scale_search, outputs,
+            closed_form.scale_search, outputs, None if config.cim is None else executed_levels(layer, config.cim),
         )  # fmt: skip
     execution = Execution.of(layer, config)
     m, plain = execution.metric(w, g), execution.metric(w, None)

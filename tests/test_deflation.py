@@ -19,11 +19,12 @@ from hf_polarize.backbone import quantize_linear
 from hf_polarize.calibration import layer_statistics
 from hf_polarize.cim.hook import OnChip
 from hf_polarize.cim.moments import chip_moments
-from hf_polarize.cim.planes import weight_code
+from hf_polarize.cim.planes import executed_levels, weight_code
 from hf_polarize.cim.programming import codes_for_cells
 from hf_polarize.compensation import compensate, damped
 from hf_polarize.deflation import Deflation, calibrate_to_chip, deflate, deflating_path, removed_directions
 from hf_polarize.plan import make_plan
+from hf_polarize.requantization import requantize
 from hf_polarize.rounding import Covariance, round_with_feedback, spread
 from hf_polarize.surrogate import factors
 
@@ -225,6 +226,39 @@ def test_there_must_be_something_to_deflate_against():
         polarized()
 
 
+def test_a_deflated_model_is_written_quietly_unless_the_chip_says_otherwise():
+    model = polarized(cim=NOISY)
+    assert model.config.quantization_config.cim == NOISY.replace(mapping="quiet")
+    detach_cim(model)
+    assert attach_cim(model, NOISY).config.quantization_config.cim.mapping == "quiet"
+    assert attach_cim(model, NOISY.replace(mapping="grid")).config.quantization_config.cim.mapping == "grid"
+    error = []
+    layer = model.model.layers[0].mlp.down_proj.get_base_layer()
+    for mapping in ("grid", "quiet"):
+        mean, variance, _ = chip_moments(layer, NOISY.replace(mapping=mapping))
+        error.append(float(((mean - layer.dequantized()).square() + variance).sum()))
+    assert error[1] < 0.95 * error[0]
+    plain = polarize(
+        tiny_model("llama-tied"), batches(), PolarizeConfig(cim=NOISY), SurrogateConfig(r=4), max_tokens=256, window=32
+    )
+    assert plain.config.quantization_config.cim == NOISY
+
+
+def test_codes_suit_what_the_array_makes_of_them():
+    config = CIMConfig.preset("ideal", weight_bits=5, mapping="grid")
+    h, linear = Covariance(covariance(192)), torch.nn.Linear(192, 96, bias=False)
+    errors = []
+    for levels in (None, executed_levels(quantize_linear(linear, PolarizeConfig()), config)):
+        layer = quantize_linear(linear, PolarizeConfig())
+        requantize(layer, linear.weight.detach(), h, rank=0, levels=levels)
+        error = linear.weight.detach().double() - chip_moments(layer, config)[0].double()
+        errors.append(float(((error @ h.matrix) * error).sum()))
+    assert errors[1] < 0.9 * errors[0]
+    int8 = quantize_linear(linear, PolarizeConfig("int8"))
+    assert executed_levels(int8, config) is None  # 255 values on a grid of 31
+    assert executed_levels(int8, IDEAL_SIGNED).tolist() == pytest.approx(int8.levels().tolist())
+
+
 def test_ranks_go_where_the_array_hurts(tmp_path):
     """By predicted loss on the chip, and judged by held-out data that runs on it."""
     model = polarize(
@@ -234,7 +268,7 @@ def test_ranks_go_where_the_array_hurts(tmp_path):
     )  # fmt: skip
     (trial,) = model.polarization["provenance"]["choices"]
     assert trial["choice"] == "ranks by sensitivity"
-    assert model.config.quantization_config.cim == NOISY
+    assert model.config.quantization_config.cim == NOISY.replace(mapping="quiet")
     for layer in model.sensitivity.layers:
         assert 0 <= layer.after < layer.before
     inputs = tiny_inputs(model)

@@ -109,7 +109,7 @@ def test_a_run_on_a_chip(recipe, tmp_path, capsys):
     assert main(["info", str(tmp_path / "out")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     info = inspect_checkpoint(tmp_path / "out")
-    assert CIMConfig.from_dict(info.chip) == CIMConfig.preset("noisy")
+    assert CIMConfig.from_dict(info.chip) == CIMConfig.preset("noisy", mapping="quiet")
     assert f"CIMConfig.from_dict({info.chip})" in shown and "runs deflated" in shown
     card = str(model_card(info, "someone/model"))
     assert f"hf_polarize.CIMConfig.from_dict({info.chip})" in card

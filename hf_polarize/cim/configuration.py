@@ -15,7 +15,7 @@ logger = logging.get_logger(__name__)
 
 ENCODINGS = ("twos_complement", "sign_magnitude")
 RANGES = ("full", "max", "percentile", "mse")
-MAPPINGS = ("grid", "learned", "one_hot")
+MAPPINGS = ("grid", "quiet", "learned", "one_hot")
 MODELS = ("auto", "exact", "fast")
 LEARNED_PLANES = (4, 5, 6, 7)
 BOLTZMANN = 1.380649e-23
@@ -41,17 +41,20 @@ class CIMConfig:
         input_bits (`int`, defaults to 8): bits of an input with its sign, 2..8: integers within
             `±(2^(input_bits-1) - 1)`, one scale per token.
         weight_bits (`int`, defaults to 8):
-            Bits of a weight with its sign, 2..8, for an INT8 backbone and for the mapping `"grid"`; number of planes,
-            4..7, for `"learned"`; unused for `"one_hot"`.
+            Bits of a weight with its sign, 2..8, for an INT8 backbone and for the mappings `"grid"` and `"quiet"`;
+            number of planes, 4..7, for `"learned"`; unused for `"one_hot"`.
         encoding (`str`, defaults to `"twos_complement"`):
             `"twos_complement"`: cells and inputs are 0 or 1, the plane of the sign counts negative.
             `"sign_magnitude"`: differential cells and inputs of -1, 0 or 1, one plane less, counts of both signs;
             small values switch few cells, so errors follow the magnitude, but an ADC with a step above 1 has a dead
             zone.
-        mapping (`str`, defaults to `"grid"`):
-            How the 16 values of NF4 become cells. `"grid"`: rounded to integers of `weight_bits`; adds 0.6 / 1.1 /
-            2.6 / 4.8 % of the weights' RMS at 8 / 7 / 6 / 5 bits, beside NF4's own 9.2 %. `"learned"`: binary planes
-            with real significances fitted to the 16 values. `"one_hot"`: 15 planes, one for each value but 0; exact.
+        mapping (`str`, *optional*):
+            How the values of the format become cells. `"grid"`: rounded to integers of `weight_bits`; with NF4 that
+            adds 0.6 / 1.1 / 2.6 / 4.8 % of the weights' RMS at 8 / 7 / 6 / 5 bits, beside NF4's own 9.2 %. `"quiet"`:
+            to the integer of least expected squared error over chips, its distance included: 63 = 0111111b is
+            written for 67 = 1000011b where mismatch is large, since six middling cells err less than a large one.
+            `"learned"`: binary planes with real significances fitted to the 16 values. `"one_hot"`: 15 planes, one
+            for each value but 0; exact. Left out: `"quiet"` where a layer runs deflated, else `"grid"`.
         rows (`int`, defaults to 64):
             Cells of a column that are read together. A group of rows has one digital scale per output: with NF4 and
             more rows than 64, or blocks that do not line up, values are rounded to the grid of the group's largest
@@ -99,7 +102,7 @@ class CIMConfig:
     input_bits: int = 8
     weight_bits: int = 8
     encoding: str = "twos_complement"
-    mapping: str = "grid"
+    mapping: str | None = None
     rows: int = 64
     adc_bits: int | None = 6
     adc_range: str = "full"
@@ -138,7 +141,7 @@ class CIMConfig:
     def _check_choices(self) -> None:
         for name, accepted in {
             "encoding": ENCODINGS,
-            "mapping": MAPPINGS,
+            "mapping": (None, *MAPPINGS),
             "adc_range": RANGES,
             "model": MODELS,
             "zero_code": (True, False),
@@ -151,7 +154,7 @@ class CIMConfig:
                 f'cim: mapping="learned" has weight_bits of {LEARNED_PLANES[0]} to {LEARNED_PLANES[-1]} planes; got '
                 f"{self.weight_bits!r}"
             )
-        if self.mapping != "grid" and 64 % self.rows:
+        if not self.on_grid and 64 % self.rows:
             raise ValueError(
                 f'cim: mapping="{self.mapping}" needs rows that divide the 64 weights of an NF4 block; got {self.rows}'
             )
@@ -197,6 +200,11 @@ class CIMConfig:
             raise ValueError("cim: stuck_at_zero and stuck_at_one are shares of all cells; their sum is above 1")
 
     @property
+    def on_grid(self) -> bool:
+        """Whether cells hold integers, whatever the values of the format."""
+        return self.mapping in (None, "grid", "quiet")
+
+    @property
     def signed(self) -> bool:
         """Whether counts have both signs."""
         return self.encoding == "sign_magnitude"
@@ -237,6 +245,10 @@ class CIMConfig:
     def covers(self, layer: str) -> bool:
         """Whether a layer of this name is on the chip."""
         return self.layers is None or any(re.search(pattern, layer) for pattern in self.layers)
+
+    def quietly(self) -> CIMConfig:
+        """Return a copy with the mapping `"quiet"`, if this one leaves it open."""
+        return self if self.mapping is not None else self.replace(mapping="quiet")
 
     def replace(self, **changes: Any) -> CIMConfig:
         """Return a copy with other values."""

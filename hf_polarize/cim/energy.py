@@ -217,7 +217,7 @@ def bill_of(shapes: list[LayerShape], attention: int, chip: CIMConfig, energy: E
     """
     from bitsandbytes.functional import get_4bit_type
 
-    mapped = chip if nf4 else chip.replace(mapping="grid")
+    mapped = chip if nf4 else chip.replace(mapping=None)
     planes = len(weight_code(mapped, get_4bit_type("nf4", device="cpu")).significance)
     layers = {shape.name: layer_energy(shape, chip, energy, planes) for shape in shapes}
     macs = attention + sum(shape.out_features * shape.in_features for shape in shapes)

@@ -146,6 +146,8 @@ def attach_cim(model: nn.Module, config: CIMConfig, data: Iterable[Batch] | None
         raise TypeError(f"attach_cim takes a CIMConfig; got {type(config).__name__}")
     core = core_model(model)
     chosen = _chosen(core, config)
+    if any(layer.deflation is not None for layer in chosen.values()):
+        config = config.quietly()
     if config.adc_bits is not None and config.adc_range != "full" and not set(chosen) <= set(config.ranges):
         if data is None:
             raise ValueError(

@@ -8,6 +8,7 @@ from itertools import product
 
 import torch
 
+from ..formats import BackboneLayer
 from .configuration import CIMConfig
 
 LEARNED_SIGNIFICANCES = {
@@ -88,10 +89,18 @@ class WeightCode:
 
 
 @lru_cache(maxsize=32)
-def _grid_code(bits: int, encoding: str) -> WeightCode:
+def _grid_code(bits: int, encoding: str, cell_variance: float = 0.0) -> WeightCode:
+    """
+    Give each integer n its cells, or those of another one, k, if that is expected to err less.
+
+    The least (n - k)^2 + cell_variance * sum of the squared significances of the cells of k that are not 0.
+    """
     largest = 2 ** (bits - 1) - 1
-    planes, significance = integer_planes(torch.arange(-largest, largest + 1), bits, encoding)
-    return WeightCode(planes.T.contiguous(), significance, float(largest))
+    integers = torch.arange(-largest, largest + 1)
+    planes, significance = integer_planes(integers, bits, encoding)
+    noise = cell_variance * (significance.square() @ planes.double().square())
+    distance = (integers[:, None] - integers).double().square()
+    return WeightCode(planes[:, (distance + noise).argmin(1)].T.contiguous(), significance, float(largest))
 
 
 def _learned_code(levels: torch.Tensor, count: int) -> WeightCode:
@@ -114,15 +123,32 @@ def weight_code(config: CIMConfig, levels: torch.Tensor) -> WeightCode:
 
     Args:
         config ([`CIMConfig`]): of the chip.
-        levels (`torch.Tensor` of shape `(values,)`): of the format, ascending in -1..1. The mapping `"grid"` has
-            integers of its own instead, -largest..largest.
+        levels (`torch.Tensor` of shape `(values,)`): of the format, ascending in -1..1. The mappings `"grid"` and
+            `"quiet"` have integers of their own instead, -largest..largest.
     """
-    if config.mapping == "grid":
-        return _grid_code(config.weight_bits, config.encoding)
+    if config.on_grid:
+        variance = config.static_variance if config.mapping == "quiet" else 0.0
+        return _grid_code(config.weight_bits, config.encoding, variance)
     levels = levels.cpu()
     if len(levels) != 16:
         raise ValueError(f'cim: mapping="{config.mapping}" is of the 16 values of NF4; an INT8 backbone takes "grid"')
     return _learned_code(levels, config.weight_bits) if config.mapping == "learned" else _one_hot_code(levels)
+
+
+def executed_levels(layer: BackboneLayer, config: CIMConfig) -> torch.Tensor | None:
+    """
+    Return what the array makes of each value of the format, ascending in -1..1, or `None` where two become one.
+
+    Args:
+        layer ([`~hf_polarize.formats.BackboneLayer`]): the backbone's.
+        config ([`CIMConfig`]): of the chip; its mapping is `"quiet"` if left open.
+    """
+    config, levels = config.quietly(), layer.levels()
+    code = weight_code(config, levels)
+    executed = code.executed.to(levels.device)
+    if config.on_grid:
+        executed = executed[((levels * code.unit).round() + code.unit).long()]
+    return executed.float() if bool((executed[1:] > executed[:-1]).all()) else None
 
 
 def group_scales(
@@ -174,7 +200,7 @@ def grouped_weights(
     group, share = group_scales(scales, block_size, units.shape, config)
     units = torch.nn.functional.pad(units.float(), (0, share[0].numel() - in_features)).view(share.shape)
     code = weight_code(config, levels)
-    if config.mapping == "grid":
+    if config.on_grid:
         indices = (units * share * code.unit).round() + code.unit
     else:
         if bool(((share != 1) & (share != 0)).any()):
