@@ -22,7 +22,6 @@ from .calibration import Statistics
 from .cim.configuration import CIMConfig
 from .cim.hook import OnChip, attach_cim
 from .cim.moments import chip_moments
-from .cim.planes import executed_levels
 from .cim.programming import codes_for_cells
 from .compensation import OUTPUT_DAMPING, Compensation, damped
 from .configuration import ClosedForm, PolarizeConfig
@@ -186,7 +185,7 @@ def deflate(
     Find the deflating path of a layer that runs on any chip of a kind, and the backbone that suits it.
 
     M of [`Execution`]: A and R by [`deflating_path`], then codes and scales for what is left of the input,
-    H' = (I - R A) H (I - R A)^T, and for the values that codes have on the array, then A and R once more.
+    H' = (I - R A) H (I - R A)^T, then A and R once more.
 
     Args:
         layer ([`~hf_polarize.formats.BackboneLayer`]): holds W, quantized; changed in place.
@@ -208,7 +207,7 @@ def deflate(
         rest = torch.eye(len(h), dtype=h.dtype, device=h.device) - r @ a
         requantize(
             layer, weight, Covariance(damped(rest @ h @ rest.T)), 0, closed_form.alternations,
-            closed_form.scale_search, outputs, None if config.cim is None else executed_levels(layer, config.cim),
+            closed_form.scale_search, outputs,
         )  # fmt: skip
     execution = Execution.of(layer, config)
     m, plain = execution.metric(w, g), execution.metric(w, None)

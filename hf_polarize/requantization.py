@@ -110,7 +110,6 @@ def requantize(
     rounds: int = 3,
     scale_search: bool = True,
     outputs: Covariance | None = None,
-    levels: torch.Tensor | None = None,
 ) -> None:
     """
     Give a backbone layer the codes and scales that suit a rank-r path beside it, and the path that suits them.
@@ -134,12 +133,9 @@ def requantize(
         rounds (`int`): of alternation; with 0 the scales alone are searched.
         scale_search (`bool`): whether scales are chosen at all, or stay those of the format's own rounding.
         outputs ([`~hf_polarize.rounding.Covariance`], *optional*): G.
-        levels (`torch.Tensor`, *optional*): ascending, what each code stands for where the layer runs; the values of
-            the format if left out.
     """
     w = weight.float()
-    nominal, block = layer.levels(), layer.block_size
-    levels = nominal if levels is None else levels.to(nominal)
+    levels, block = layer.levels(), layer.block_size
     if w.shape[1] % block:
         # blocks run on from row to row, and bitsandbytes 0.50.2 reads them by row on CPUs (backends/cpu/ops.py:175)
         return
@@ -150,8 +146,7 @@ def requantize(
     def path_beside(quantized: torch.Tensor) -> LowRankPath:
         return leading_path(w - quantized, root, rank, output_root)
 
-    units = levels[nearest(layer.units(), nominal)]
-    path = path_beside(units * spread(scales, w.shape, block))
+    path = path_beside(layer.dequantized())
     least, best = path.squared_error, None
     if scale_search:
         symmetric = torch.equal(levels, -levels.flip(0))

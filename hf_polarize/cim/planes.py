@@ -8,7 +8,6 @@ from itertools import product
 
 import torch
 
-from ..formats import BackboneLayer
 from .configuration import CIMConfig
 
 LEARNED_SIGNIFICANCES = {
@@ -133,22 +132,6 @@ def weight_code(config: CIMConfig, levels: torch.Tensor) -> WeightCode:
     if len(levels) != 16:
         raise ValueError(f'cim: mapping="{config.mapping}" is of the 16 values of NF4; an INT8 backbone takes "grid"')
     return _learned_code(levels, config.weight_bits) if config.mapping == "learned" else _one_hot_code(levels)
-
-
-def executed_levels(layer: BackboneLayer, config: CIMConfig) -> torch.Tensor | None:
-    """
-    Return what the array makes of each value of the format, ascending in -1..1, or `None` where two become one.
-
-    Args:
-        layer ([`~hf_polarize.formats.BackboneLayer`]): the backbone's.
-        config ([`CIMConfig`]): of the chip; its mapping is `"quiet"` if left open.
-    """
-    config, levels = config.quietly(), layer.levels()
-    code = weight_code(config, levels)
-    executed = code.executed.to(levels.device)
-    if config.on_grid:
-        executed = executed[((levels * code.unit).round() + code.unit).long()]
-    return executed.float() if bool((executed[1:] > executed[:-1]).all()) else None
 
 
 def group_scales(
