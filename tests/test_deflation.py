@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bitsandbytes.functional import get_4bit_type
 from conftest import output, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -225,6 +226,26 @@ def test_there_must_be_something_to_deflate_against():
         polarized()
 
 
+@pytest.mark.parametrize("encoding", ["sign_magnitude", "twos_complement"])
+@pytest.mark.parametrize("mismatch", [0.0, 0.0066, 0.15, 0.4])
+def test_quiet_integers_are_those_of_least_expected_error(encoding, mismatch):
+    """Against integers in Python, one by one: the distance squared, and the variance of the cells that are active."""
+    config = CIMConfig.preset("noisy", encoding=encoding, mismatch=mismatch, mapping="quiet")
+    found = weight_code(config, get_4bit_type("nf4", device="cpu"))
+
+    def error(n, k):
+        bits = abs(k) if encoding == "sign_magnitude" else k % 256
+        return (n - k) ** 2 + mismatch**2 * sum(4**i for i in range(8) if bits >> i & 1)
+
+    written = (found.executed * 127).round().int().tolist()
+    for n, k in zip(range(-127, 128), written, strict=True):
+        assert error(n, k) == pytest.approx(min(error(n, other) for other in range(-127, 128)))
+    if mismatch < 0.01:
+        assert written == list(range(-127, 128))
+    elif encoding == "sign_magnitude":
+        assert written[127 + 67] == 63 and written[127 - 67] == -63
+
+
 def test_a_deflated_model_is_written_quietly_unless_the_chip_says_otherwise():
     model = polarized(cim=NOISY)
     assert model.config.quantization_config.cim == NOISY.replace(mapping="quiet")
@@ -241,6 +262,15 @@ def test_a_deflated_model_is_written_quietly_unless_the_chip_says_otherwise():
         tiny_model("llama-tied"), batches(), PolarizeConfig(cim=NOISY), SurrogateConfig(r=4), max_tokens=256, window=32
     )
     assert plain.config.quantization_config.cim == NOISY
+
+
+def test_a_chip_that_is_given_at_loading_is_written_as_one_that_is_attached(tmp_path):
+    model = polarized(cim=NOISY)
+    folder = save_polarized(detach_cim(model), tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=PolarizeConfig(cim=NOISY))
+    assert loaded.config.quantization_config.cim.mapping == "quiet"
+    inputs = tiny_inputs(model)
+    assert torch.equal(output(loaded, inputs), output(attach_cim(model, NOISY), inputs))
 
 
 def test_ranks_go_where_the_array_hurts(tmp_path):

@@ -54,7 +54,7 @@ class CIMConfig:
             to the integer of least expected squared error over chips, its distance included: 63 = 0111111b is
             written for 67 = 1000011b where mismatch is large, since six middling cells err less than a large one.
             `"learned"`: binary planes with real significances fitted to the 16 values. `"one_hot"`: 15 planes, one
-            for each value but 0; exact. Left out: `"quiet"` where a layer runs deflated, else `"grid"`.
+            for each value but 0; exact. Left out: `"quiet"` for a deflated model, else `"grid"`.
         rows (`int`, defaults to 64):
             Cells of a column that are read together. A group of rows has one digital scale per output: with NF4 and
             more rows than 64, or blocks that do not line up, values are rounded to the grid of the group's largest
