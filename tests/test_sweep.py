@@ -39,7 +39,7 @@ window: 32
 evaluation_window: 32
 evaluation_windows: 4
 held_out: 2
-sweep: [{{mismatch: [0.1, 0.3]}}, {{r: [2]}}]
+sweep: [{{mismatch: [0.1, 0.3]}}, {{r: [2, 4]}}]
 sweep_chips: 2
 train_tokens: 512
 train_batch_size: 2
@@ -53,8 +53,8 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
     assert main(["cim", "sweep", recipe]) == 0
     folder = tmp_path / "out"
     record = json.loads((folder / "sweep.json").read_text())
-    assert len(record["results"]) == 4 * 6 * 2  # settings, methods, chips
-    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 48
+    assert len(record["results"]) == 5 * 6 * 2  # settings, methods, chips
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 60
     assert (folder / "loss_against_mismatch.png").stat().st_size > 5000
     assert "| mismatch=0.3 | deflated | 2 |" in (folder / "sweep.md").read_text()
 
@@ -66,6 +66,11 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
     for before, after in zip(record["results"], again, strict=True):
         assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)  # the same chips
 
+    for name in ("sweep.md", "loss_against_r.png"):
+        (folder / name).unlink()
+    assert main(["cim", "sweep", recipe, "sweep_methods=[backbone alone, deflated]"]) == 0
+    assert "loss_against_r.png" in (folder / "sweep.md").read_text() and (folder / "loss_against_r.png").is_file()
+
     assert main(["cim", "sweep", recipe, "cim=nvm"]) == 1
     assert "is of a recipe with other cim" in capsys.readouterr().err
 
@@ -76,6 +81,8 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
         assert rows[label, "deflated, trained"]["kl"] < rows[label, "closed form"]["kl"]
         assert rows[label, "deflated, written per chip"]["kl"] < rows[label, "deflated, per chip"]["kl"]
     assert rows["mismatch=0.1", "backbone alone"]["kl"] < rows["mismatch=0.3", "backbone alone"]["kl"]
+    for rank, method in ((2, "backbone alone"), (4, "deflated"), (4, "deflated, written per chip")):
+        assert rows[f"r={rank}", method]["mean"] == rows["the recipe's own", method]["mean"]  # the same, measured once
 
     assert main(["energy", recipe]) == 0
     assert (folder / "pareto.png").is_file()

@@ -70,7 +70,8 @@ def sweep_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     """
     Measure every method on every chip of every setting; leave tables and plots in the recipe's folder.
 
-    `sweep.json` is written after each chip: an interruption loses one, and the same command goes on from there.
+    `sweep.json` is written after each chip, tables and plots after each method: an interruption loses one chip, and
+    the same command goes on from there.
 
     Args:
         recipe ([`~hf_polarize.recipe.Recipe`]): with `cim`.
@@ -90,6 +91,15 @@ def sweep_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     path = folder / "sweep.json"
     prepare_folder(folder, recipe.overwrite or path.is_file() or (folder / "energy.json").is_file())
     record = resumed(path, recipe)
+    done = {(_label(row["setting"]), row["method"], row["chip_seed"]) for row in record["results"]}
+    tasks = [
+        (label, method, [s for s in _seeds(recipe) if (label, method, s) not in done])
+        for label in wanted
+        for method in recipe.sweep_methods
+    ]
+    if not any(seeds for *_, seeds in tasks):  # tables and plots are what is left to do
+        write_sweep(folder, record, recipe, command)
+        return record
     calibration, evaluation = [load_data(name) for name in recipe.sources], load_data(recipe.evaluation)
     model, processor = load_model(recipe)
     make_plan(model, recipe.polarize_config(), SurrogateConfig(r=max(rank for _, _, rank in wanted.values())))
@@ -99,12 +109,6 @@ def sweep_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     evaluator = Evaluator(model, recipe, evaluation, processor)
     record["original"], record["protocol"] = asdict(evaluator.original), evaluator.protocol
     folder.mkdir(parents=True, exist_ok=True)
-    done = {(_label(row["setting"]), row["method"], row["chip_seed"]) for row in record["results"]}
-    tasks = [
-        (label, method, [s for s in _seeds(recipe) if (label, method, s) not in done])
-        for label in wanted
-        for method in recipe.sweep_methods
-    ]
     with (
         tempfile.TemporaryDirectory(prefix="hf-polarize-") as scratch,
         logging.tqdm(total=sum(len(seeds) for *_, seeds in tasks), desc="sweeping", unit="chip") as bar,
@@ -120,9 +124,17 @@ def sweep_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
                 write_json(path, record)
                 bar.update()
 
+            # what several grids name is measured once, and the backbone alone has no rank
+            alike = {_label(s) for s, c, r in wanted.values() if c == chip and (r == rank or method == BACKBONE)}
+            known = [row for row in record["results"] if row["method"] == method and _label(row["setting"]) in alike]
+            shared = {row["chip_seed"]: {**row, "setting": setting} for row in known if row["chip_seed"] in seeds}
+            record["results"] += shared.values()
+            write_json(path, record)
+            bar.update(len(shared))
+            seeds = [seed for seed in seeds if seed not in shared]
             if seeds:
                 _measure_chips(means, method, chip, rank, seeds, measure)
-    write_sweep(folder, record, recipe, command)
+            write_sweep(folder, record, recipe, command)
     return record
 
 
