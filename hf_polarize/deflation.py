@@ -127,8 +127,9 @@ class Execution:
     """
     What a backbone layer computes where it runs, over all chips of a kind, or with rounded inputs.
 
-    Mismatch makes a weight vary from chip to chip. Noise of readings, of the ADC and of rounded inputs is as large as
-    a token's scale, (CREST / largest integer)^2 times its mean square: it is shared by all inputs alike.
+    Mismatch makes a weight vary from chip to chip. Offsets of columns and the noise of readings, of the ADC and of
+    rounded inputs are as large as a token's scale, (CREST / largest integer)^2 times its mean square: all inputs share
+    them alike.
 
     Attributes:
         weight (`torch.Tensor` of shape `(out, in)`): on average, float64: the values of the format on the grid of the
@@ -150,9 +151,10 @@ class Execution:
             step = ACTIVATION_STEPS[config.activations or "int8"]
             return cls(weight, torch.zeros_like(weight), rounding * (CREST * step) ** 2)
         chip = config.cim.quietly()
-        mean, variance, random = (moment.double() for moment in chip_moments(layer, chip))
+        moments = chip_moments(layer, chip)
         largest = 2 ** (chip.input_bits - 1) - 1
-        return cls(mean, variance, (random + rounding) * (CREST / largest) ** 2)
+        shared = (moments.reading.double() + moments.offset.double() + rounding) * (CREST / largest) ** 2
+        return cls(moments.mean.double(), moments.variance.double(), shared)
 
     def metric(self, weight: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor:
         """

@@ -18,6 +18,7 @@ from hf_polarize import (
 )
 from hf_polarize.backbone import quantize_linear
 from hf_polarize.calibration import layer_statistics
+from hf_polarize.cim.chip import generator_for
 from hf_polarize.cim.hook import OnChip
 from hf_polarize.cim.moments import chip_moments
 from hf_polarize.cim.planes import weight_code
@@ -166,22 +167,30 @@ def test_rounded_activations_lose_less(activations):
     [
         {"mismatch": 0.1, "ir_drop": 0.2},
         {"mismatch": 0.05, "stuck_at_zero": 0.05, "stuck_at_one": 0.1},
+        {"mismatch": 0.05, "column_gain": 0.02, "column_offset": 0.5},
         {"mismatch": 0.0, "drift_exponent": 0.05, "drift_spread": 0.02, "drift_time": 1e5},
     ],
 )
 def test_weights_over_chips_have_the_moments_that_are_computed(encoding, defects):
-    """What sampled chips and the closed form go by, against 300 chips that are made."""
+    """What the closed form goes by, against 300 chips that are made, and 300 that are sampled for training."""
     linear = torch.nn.Linear(64, 32, bias=False)
     linear.weight = torch.nn.Parameter(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)))
     config = CIMConfig(encoding=encoding, read_noise=0.0, adc_bits=None, **defects)
     layer = quantize_linear(linear, PolarizeConfig(cim=config))
-    mean, variance, _ = chip_moments(layer, config)
-    made = [OnChip(layer, "layer", config.replace(chip_seed=seed)).fast.weight.float() for seed in range(300)]
-    found = torch.stack(made)
-    varies = variance > 0  # a differential cell that holds 0 has no mismatch
-    off = ((found.mean(0) - mean) / (variance / 300).sqrt())[varies]
-    assert float(off.square().mean()) == pytest.approx(1, abs=5 * (2 / len(off)) ** 0.5)  # chi-squared
-    assert float(found.var(0).sum() / variance.sum()) == pytest.approx(1, abs=0.05)
+    moments = chip_moments(layer, config)
+    made, sampled = [], []
+    for seed in range(300):
+        chip = OnChip(layer, "layer", config.replace(chip_seed=seed))
+        made.append(chip.fast)
+        chip.vary(moments, generator_for(seed, "sampled"))
+        sampled.append(chip.varied)
+    for chips in (made, sampled):
+        found, offset = (torch.stack([getattr(c, part).float() for c in chips]) for part in ("weight", "offset"))
+        varies = moments.variance > 0  # a differential cell that holds 0 has no mismatch
+        off = ((found.mean(0) - moments.mean) / (moments.variance / 300).sqrt())[varies]
+        assert float(off.square().mean()) == pytest.approx(1, abs=5 * (2 / len(off)) ** 0.5)  # chi-squared
+        assert float(found.var(0).sum() / moments.variance.sum()) == pytest.approx(1, abs=0.05)
+        assert float(offset.var(0).sum()) == pytest.approx(float(moments.offset.sum()), rel=0.1)
 
 
 def test_a_checkpoint_keeps_what_is_removed(tmp_path):
@@ -255,8 +264,8 @@ def test_a_deflated_model_is_written_quietly_unless_the_chip_says_otherwise():
     error = []
     layer = model.model.layers[0].mlp.down_proj.get_base_layer()
     for mapping in ("grid", "quiet"):
-        mean, variance, _ = chip_moments(layer, NOISY.replace(mapping=mapping))
-        error.append(float(((mean - layer.dequantized()).square() + variance).sum()))
+        moments = chip_moments(layer, NOISY.replace(mapping=mapping))
+        error.append(float(((moments.mean - layer.dequantized()).square() + moments.variance).sum()))
     assert error[1] < 0.95 * error[0]
     plain = polarize(
         tiny_model("llama-tied"), batches(), PolarizeConfig(cim=NOISY), SurrogateConfig(r=4), max_tokens=256, window=32

@@ -137,12 +137,14 @@ class FastArray:
     Attributes:
         weight (`torch.Tensor` of shape `(out, in)`): of this chip, for integer inputs.
         offset (`torch.Tensor` of shape `(out,)`): float32.
+        bias (`torch.Tensor` of shape `(out,)`): what `offset` were if no column had one of its own, float32.
         std (`torch.Tensor` of shape `(out,)`): of the noise of a typical token, float32.
         loudness ([`TokenNoise`]): of each token against that.
     """
 
     weight: torch.Tensor
     offset: torch.Tensor
+    bias: torch.Tensor
     std: torch.Tensor
     loudness: TokenNoise
 
@@ -161,8 +163,8 @@ class FastArray:
         return y if noise is None else y.addcmul_(normal_like(y, noise) * self.loudness(q), self.std)
 
     def to(self, device: torch.device) -> FastArray:
-        weight, offset, std = (tensor.to(device) for tensor in (self.weight, self.offset, self.std))
-        return FastArray(weight, offset, std, self.loudness.to(device))
+        weight, offset, bias, std = (t.to(device) for t in (self.weight, self.offset, self.bias, self.std))
+        return FastArray(weight, offset, bias, std, self.loudness.to(device))
 
 
 @lru_cache(maxsize=8)
@@ -293,7 +295,7 @@ def fast_array(
         copies = (4 * coefficients[:-1].square() / coefficients[-1].square())[:, None] * together
         copies = copies.float().to(scale.device)
     loudness = TokenNoise(share.float().to(scale.device), copies)
-    fast = FastArray(weight, (offset * scale).sum(1), std.float(), loudness)
+    fast = FastArray(weight, (offset * scale).sum(1), bias * scale.sum(1), std.float(), loudness)
     return fast, _fit(fast, q.to(scale.device), planes, scale, converter, config, generator)
 
 

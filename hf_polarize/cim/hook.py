@@ -17,7 +17,8 @@ from ..surrogate import core_model
 from .array import Converter, exact_product
 from .chip import fabricate, generator_for
 from .configuration import CIMConfig
-from .fast import fast_array
+from .fast import FastArray, fast_array
+from .moments import ChipMoments
 from .planes import grouped_weights, quantized_inputs, weight_code
 from .ranges import measured_ranges
 
@@ -58,22 +59,27 @@ class OnChip:
         self.planes = planes if self.exact else None
         if not self.exact and bfloat16_is_fast(self.scale.device):  # integers of 8 bits are exact there
             self.fast.weight = self.fast.weight.bfloat16()
-        self.varied: torch.Tensor | None = None
+        self.varied: FastArray | None = None
         self.reset()
 
-    def vary(self, mean: torch.Tensor, std: torch.Tensor, generator: torch.Generator) -> None:
+    def vary(self, moments: ChipMoments, generator: torch.Generator) -> None:
         """
-        Take the weight of a chip that nobody made, by the fast model, until [`restore`].
+        Take the weights and the offsets of a chip that nobody made, by the fast model, until [`restore`].
 
         Args:
-            mean, std (`torch.Tensor` of shape `(out, in)`): of the weights over chips.
+            moments ([`~hf_polarize.cim.moments.ChipMoments`]): of this layer.
             generator (`torch.Generator`): draws the chip; on the CPU.
         """
-        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-        self.varied = torch.addcmul(mean, std, noise).to(self.fast.weight.dtype)
+
+        def draw(mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+            noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+            return torch.addcmul(mean, variance.sqrt(), noise)
+
+        weight = draw(moments.mean, moments.variance).to(self.fast.weight.dtype)
+        self.varied = dataclasses.replace(self.fast, weight=weight, offset=draw(self.fast.bias, moments.offset))
 
     def restore(self) -> None:
-        """Take the weight of the own chip again."""
+        """Take those of the own chip again."""
         self.varied = None
 
     def reset(self) -> None:
@@ -92,7 +98,7 @@ class OnChip:
         self._move(x.device)
         q, scale = quantized_inputs(x, self.config.input_bits)
         if self.varied is not None:
-            y = dataclasses.replace(self.fast, weight=self.varied)(q, self._reads)
+            y = self.varied(q, self._reads)
         elif self.planes is not None:
             y = exact_product(q, self.planes, self.scale, self.config, self.converter, self._reads).float()
         else:
@@ -111,13 +117,14 @@ class _OnChipProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, chip: OnChip) -> torch.Tensor:
-        ctx.chip, ctx.varied = chip, chip.varied
-        return chip.product(x)
+        y = chip.product(x)
+        ctx.fast = chip.varied or chip.fast
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = grad_outputs
-        weight = ctx.chip.fast.weight if ctx.varied is None else ctx.varied
+        weight = ctx.fast.weight
         return (gradient.to(weight.dtype) @ weight).to(gradient.dtype), None
 
 

@@ -150,13 +150,30 @@ def _conversion(
     return (codes + shift) * step, chance, slopes
 
 
-def chip_moments(layer: BackboneLayer, config: CIMConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@dataclass(frozen=True)
+class ChipMoments:
     """
-    Return the mean and the variance of each weight over chips, `(out, in)`, and the variance of readings, `(out,)`.
+    What a layer is over all chips of a kind.
 
-    The latter is that of an output for integer inputs, `sum_g scale_g^2 S_w S_x (noise^2 + step^2 / 12)`, with S the
-    sums of the squared significances of the planes. An ADC that tells whole counts apart adds nothing as long as
-    counts are whole.
+    Attributes:
+        mean, variance (`torch.Tensor` of shape `(out, in)`): of each weight over chips, float32. What the gain of a
+            column does to its weights alike is counted for each by itself, right for inputs of mean 0.
+        reading (`torch.Tensor` of shape `(out,)`): variance of an output for integer inputs from reading to reading,
+            `sum_g scale_g^2 S_w S_x (noise^2 + step^2 / 12)`, with S the sums of the squared significances of the
+            planes. An ADC that tells whole counts apart adds nothing as long as counts are whole.
+        offset (`torch.Tensor` of shape `(out,)`): variance of an output over chips that the offsets of columns make,
+            `sum_g scale_g^2 S_w s_x^2 offset^2`, with s_x the sum of the significances of the planes of inputs.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    reading: torch.Tensor
+    offset: torch.Tensor
+
+
+def chip_moments(layer: BackboneLayer, config: CIMConfig) -> ChipMoments:
+    """
+    Compute them from what is written.
 
     Args:
         layer ([`~hf_polarize.formats.BackboneLayer`]): the backbone's.
@@ -171,16 +188,21 @@ def chip_moments(layer: BackboneLayer, config: CIMConfig) -> tuple[torch.Tensor,
     drifted = config.log_drift_spread**2  # of a log-normal factor
     usual = (works * cells + (0 if config.signed else one)) * math.exp(drifted / 2)  # stuck at 1, or at 1 and -1
     square = (works * cells.square() + one) * (1 + config.cell_mismatch**2) * math.exp(2 * drifted)
+    square = square * (1 + config.column_gain**2)
     values = (usual @ code.significance).float().to(scale.device)
     spread = ((square - usual.square()) @ squared).float().to(scale.device)
     wires = nominal_factor(config, scale.device) / config.drift
     mean = values[indices] * scale[..., None] * wires
     variance = spread[indices] * (scale[..., None] * wires).square()
-    inputs = integer_planes(torch.zeros(1), config.input_bits, config.encoding)[1].square().sum()
+    inputs = integer_planes(torch.zeros(1), config.input_bits, config.encoding)[1]
     reading = (config.reading_noise / config.drift) ** 2
     if config.adc_bits is not None:
         step = config.span / 2**config.adc_bits / config.drift
         whole = config.static_variance == 0 and config.column_gain == 0 and bool((wires == 1).all())
         reading += 0.0 if whole and step <= 1 else step**2 / 12
-    random = scale.square().sum(1) * float(inputs * squared.sum()) * reading
-    return mean.flatten(1)[:, : layer.in_features], variance.flatten(1)[:, : layer.in_features], random
+    one_count = scale.square().sum(1) * float(squared.sum())
+    offset = float(inputs.sum()) ** 2 * (config.column_offset / config.drift) ** 2
+    return ChipMoments(
+        mean.flatten(1)[:, : layer.in_features], variance.flatten(1)[:, : layer.in_features],
+        one_count * float(inputs.square().sum()) * reading, one_count * offset,
+    )  # fmt: skip

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from ..backbone import backbone_layers
 from ..surrogate import core_model
 from .chip import generator_for
 from .hook import OnChip
-from .moments import chip_moments
+from .moments import ChipMoments, chip_moments
 
 
 class SampledChips:
     """
     Give the layers of a model the weights of other chips of their kind.
 
-    A weight is normal over chips, with the mean and the variance that mismatch, drift and stuck cells give it; that
-    takes a hundredth of the time that making a chip takes. The seeds have nothing in common with those of chips.
+    Weights and offsets are normal over chips, with the moments that cells and columns give them; that takes a
+    hundredth of the time that making a chip takes. The seeds have nothing in common with those of chips.
 
     Args:
         model (`nn.Module`): on a chip.
@@ -26,19 +25,18 @@ class SampledChips:
 
     def __init__(self, model: nn.Module, seed: int = 0) -> None:
         self.seed = seed
-        self.layers: list[tuple[OnChip, torch.Tensor, torch.Tensor]] = []
+        self.layers: list[tuple[OnChip, ChipMoments]] = []
         for _, layer in backbone_layers(core_model(model)):
             if layer.chip is not None:
                 chip: OnChip = layer.chip
-                mean, variance, _ = chip_moments(layer, chip.config)
-                self.layers.append((chip, mean, variance.sqrt()))
+                self.layers.append((chip, chip_moments(layer, chip.config)))
 
     def take(self, *names: object) -> None:
         """Take the chip of these names; the same names are the same chip."""
-        for chip, mean, std in self.layers:
-            chip.vary(mean, std, generator_for(self.seed, "sampled", *names, chip.name))
+        for chip, moments in self.layers:
+            chip.vary(moments, generator_for(self.seed, "sampled", *names, chip.name))
 
     def restore(self) -> None:
         """Take the chip that is attached again."""
-        for chip, _, _ in self.layers:
+        for chip, _ in self.layers:
             chip.restore()
