@@ -21,8 +21,8 @@ from .backbone import backbone_layers
 from .calibration import Statistics
 from .cim.configuration import CIMConfig
 from .cim.hook import OnChip, attach_cim
-from .cim.moments import chip_moments
 from .cim.programming import codes_for_cells
+from .cim.variation import chip_moments
 from .compensation import OUTPUT_DAMPING, Compensation, damped
 from .configuration import ClosedForm, PolarizeConfig
 from .formats import BackboneLayer
@@ -56,13 +56,18 @@ class Deflation:
         self.r = self.r.to(weight).contiguous()  # strides change the last bits of a product on some CPUs
         self.qr = weight @ self.r
 
-    def __call__(self, layer: BackboneLayer, x: torch.Tensor) -> torch.Tensor:
+    def rest(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return x - R z in the dtype of x, and z, float32."""
         weight: torch.Tensor = self.a.weight  # type: ignore[assignment]
         if self.r.device != x.device:
             self.r, self.qr = self.r.to(x.device), self.qr.to(x.device)
         with torch.autocast(x.device.type, enabled=False):
             z = x.float() @ weight.float().T
-            rest = (x.float() - z @ self.r.T).to(x.dtype)
+            return (x.float() - z @ self.r.T).to(x.dtype), z
+
+    def __call__(self, layer: BackboneLayer, x: torch.Tensor) -> torch.Tensor:
+        rest, z = self.rest(x)
+        with torch.autocast(x.device.type, enabled=False):
             back = z @ self.qr.T
         return layer.executed(rest) + back.to(x.dtype)
 
@@ -196,8 +201,8 @@ def deflate(
         rank (`int`): r, for which the backbone is chosen.
         largest (`int`): number of paths that are returned, for any rank up to it.
         config ([`PolarizeConfig`]): with `cim` or `activations`.
-        closed_form ([`ClosedForm`]): `alternations` and `scale_search` of the backbone.
-        output_covariance (`torch.Tensor` of shape `(out, out)`, *optional*): G, damped, float64; I if left out.
+        closed_form ([`ClosedForm`]): `alternations` and `scale_search` of the backbone; `two_sided` puts G into M.
+        output_covariance (`torch.Tensor` of shape `(out, out)`, *optional*): G, damped, float64, to predict losses.
 
     Returns:
         [`~hf_polarize.compensation.Compensation`]: with `r`; its errors and losses are those expected on the chip.
@@ -205,26 +210,31 @@ def deflate(
     w, h, g = weight.double(), inputs.matrix, output_covariance
     outputs = Covariance(g) if g is not None and closed_form.two_sided else None
     if closed_form.scale_search or closed_form.alternations:
-        a, r, _ = deflating_path(Execution.of(layer, config).metric(w, g), h, rank)
+        metric = Execution.of(layer, config).metric(w, g if closed_form.two_sided else None)
+        a, r, _ = deflating_path(metric, h, rank)
         rest = torch.eye(len(h), dtype=h.dtype, device=h.device) - r @ a
         requantize(
             layer, weight, Covariance(damped(rest @ h @ rest.T)), 0, closed_form.alternations,
             closed_form.scale_search, outputs,
         )  # fmt: skip
     execution = Execution.of(layer, config)
-    m, plain = execution.metric(w, g), execution.metric(w, None)
-    a, r, s = deflating_path(m, h, largest)
-    b = (w - layer.dequantized().double()) @ r
-    # tr(M (I - R A) H (I - R A)^T), multiplied out, for every number of paths
-    ha, mr = h @ a.T, plain @ r
-    once, twice = (ha * mr).sum(0).cumsum(0), ((a @ ha) * (r.T @ mr)).cumsum(0).cumsum(1).diagonal()
-    left = torch.cat([once.new_zeros(1), twice - 2 * once]) + (plain * h).sum()
-    size = ((w @ h) * w).sum()
+    plain = execution.metric(w, None)
+    weighed = plain if g is None else execution.metric(w, g)
+    a, r, _ = deflating_path(weighed if closed_form.two_sided else plain, h, largest)
+    b, ha = (w - layer.dequantized().double()) @ r, h @ a.T
+
+    def left(m: torch.Tensor) -> torch.Tensor:
+        """Return tr(M (I - R A) H (I - R A)^T), multiplied out, for every number of paths."""
+        mr = m @ r
+        once, twice = (ha * mr).sum(0).cumsum(0), ((a @ ha) * (r.T @ mr)).cumsum(0).cumsum(1).diagonal()
+        return (torch.cat([once.new_zeros(1), twice - 2 * once]) + (m * h).sum()).clamp(min=0)
+
+    size, losses = ((w @ h) * w).sum(), left(weighed) / 2
     return Compensation(
         a=a.float(), b=b.float(),
-        errors=((left.clamp(min=0) / size).sqrt() if size > 0 else torch.zeros_like(left)).tolist(),
-        loss_before=None if g is None else 0.5 * float((m * h).sum()),
-        gains=None if g is None else (s.square() / 2).tolist(), r=r.float(),
+        errors=((left(plain) / size).sqrt() if size > 0 else torch.zeros_like(losses)).tolist(),
+        loss_before=None if g is None else float(losses[0]),
+        gains=None if g is None else (-losses.diff()).tolist(), r=r.float(),
     )  # fmt: skip
 
 

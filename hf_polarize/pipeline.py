@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from .checkpoint import SIDECAR, prepare_folder, save_polarized, sidecar, write_json
 from .data import calibration_batches, lengths, line_batches, lines_per_window, read_texts, split, token_windows
+from .deflation import check_deflated
 from .distillation import teacher_dataset
 from .evaluation import (
     HeldOut,
@@ -102,6 +103,8 @@ def run_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         `dict`: the content of `metrics.json`.
     """
     started = time.monotonic()
+    if recipe.deflated:
+        check_deflated(recipe.polarize_config())
     folder = prepare_folder(recipe.output_dir, recipe.overwrite)
     calibration, evaluation = [load_data(name) for name in recipe.sources], load_data(recipe.evaluation)
     model, processor = load_model(recipe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +90,19 @@ def make_plan(
         quantizer = PolarizeHfQuantizer(config or PolarizeConfig(), pre_quantized=False)
         quantizer.update_dtype(model.dtype)
         layers = quantizer.modules_to_convert(model)
+    check_chip(quantizer.quantization_config, layers)
     return Plan(source, layers, backbone, quantizer, chosen, surrogate_ranks(layers, chosen))
+
+
+def check_chip(config: PolarizeConfig, layers: Collection[str]) -> None:
+    """Raise if a chip can't take any of these layers of a backbone, as far as names and formats tell."""
+    chip = config.cim
+    if chip is None:
+        return
+    if not any(chip.covers(name) for name in layers):
+        raise ValueError(f"cim: none of the {len(layers)} layers has a name that layers={chip.layers} finds")
+    if config.backbone == "int8" and not chip.on_grid:
+        raise ValueError(f'cim: mapping="{chip.mapping}" is of the 16 values of NF4; an INT8 backbone takes "grid"')
 
 
 def surrogate_copy(config: SurrogateConfig, **changes: Any) -> SurrogateConfig:

@@ -265,16 +265,17 @@ def attach_surrogates(
 
 @contextmanager
 def backbone_only(model: nn.Module) -> Iterator[nn.Module]:
-    """Run the bare backbone inside this context: no surrogate and no adapter on top of it."""
+    """Run the bare backbone inside this context: no surrogate, nothing deflated and no adapter on top of it."""
     layers = [layer for _, layer, _ in surrogates(model)]
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
+    bases: list[Any] = [layer.get_base_layer() for layer in layers]
+    before = [(layer._disable_adapters, base.deflation) for layer, base in zip(layers, bases, strict=True)]
+    for layer, base in zip(layers, bases, strict=True):
+        layer._disable_adapters, base.deflation = True, None
     try:
         yield model
     finally:
-        for layer, flag in zip(layers, before, strict=True):
-            layer._disable_adapters = flag
+        for layer, base, (flag, deflation) in zip(layers, bases, before, strict=True):
+            layer._disable_adapters, base.deflation = flag, deflation
 
 
 def merge_surrogates(model: nn.Module) -> PreTrainedModel:

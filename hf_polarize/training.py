@@ -166,7 +166,7 @@ class PolarizeTrainer(Trainer):
         self.model_accepts_loss_kwargs = False  # micro-batches count alike, whatever their padding
         self.label_names: list[str] = []
         self.can_return_loss = True
-        self._micro_batches = 0
+        self._micro_batch = (0, 0)  # the step, and which of its micro-batches
 
     optimizer: torch.optim.Optimizer | None
 
@@ -193,8 +193,10 @@ class PolarizeTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self.chips is None:
             return super().training_step(*args, **kwargs)  # type: ignore[no-any-return]
-        self._micro_batches += 1
-        self.chips.take("training", self.args.process_index, self._micro_batches)
+        step, (before, i) = self.state.global_step, self._micro_batch
+        self._micro_batch = step, (i + 1 if step == before else 1)
+        number = step * self.args.gradient_accumulation_steps + self._micro_batch[1]  # the same after a resumption
+        self.chips.take("training", self.args.process_index, number)
         try:
             return super().training_step(*args, **kwargs)  # type: ignore[no-any-return]
         finally:

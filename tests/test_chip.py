@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_polarize import (
     CIMConfig,
+    ClosedForm,
     PolarizeConfig,
     SurrogateConfig,
     attach_cim,
@@ -20,6 +22,7 @@ from hf_polarize import (
     save_polarized,
 )
 from hf_polarize.backbone import backbone_layers
+from hf_polarize.cim.fast import normal_like
 from hf_polarize.cim.hook import chips, reset_reads
 
 NOISY = CIMConfig.preset("noisy")
@@ -201,6 +204,49 @@ def test_measured_ranges_are_kept(how, tmp_path):
     assert torch.equal(output(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), inputs), measured)
 
 
+def test_ranges_are_of_what_the_array_gets(tmp_path):
+    """A failure to measure them leaves the chip that was attached."""
+    model = polarize(
+        tiny_model("llama-tied"), [tiny_inputs(tiny_model("llama-tied"))], PolarizeConfig(cim=NOISY),
+        SurrogateConfig(r=4), ClosedForm(deflated=True), max_tokens=256, window=32,
+    )  # fmt: skip
+    before = [chip for _, chip in chips(model)]
+    measured = NOISY.replace(adc_range="max")
+    with pytest.raises(ValueError, match="no input of the data reached"):
+        attach_cim(model, measured, data=[])
+    assert [chip for _, chip in chips(model)] == before and model.config.quantization_config.cim.adc_range == "full"
+
+    layer = model.model.layers[0].self_attn.q_proj.get_base_layer()
+    deflation, seen = layer.deflation, []
+    layer.deflation = SimpleNamespace(rest=lambda x: (seen.append(x), (torch.zeros_like(x), None))[1])
+    attach_cim(model, measured, data=[tiny_inputs(model)])
+    layer.deflation = deflation
+    ranges = model.config.quantization_config.cim.ranges
+    assert ranges["model.layers.0.self_attn.q_proj"] == 1 < ranges["model.layers.0.self_attn.k_proj"]
+    worn = attach_cim(model, measured.replace(ir_drop=0.5), data=[tiny_inputs(model)]).config.quantization_config.cim
+    name = "model.layers.0.self_attn.k_proj"
+    assert worn.ranges[name] == pytest.approx(0.75 * ranges[name])  # of a mean cell
+
+
+@pytest.mark.parametrize("kind", ["fast", "exact"])
+def test_autocast_has_no_say_in_an_array(kind, tmp_path):
+    chip = NOISY.replace(model="auto" if kind == "fast" else kind)
+    layer = attach_cim(quantized("llama-tied", tmp_path), chip).model.layers[0].mlp.down_proj
+    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0))
+    here = layer(x)
+    layer.chip.reset()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), here)
+
+
+def test_noise_of_large_outputs_is_new_as_well():
+    """Cut from a table of 2^22 numbers, with a place of its own for every piece."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = (normal_like(torch.empty(2**11, 2**11), generator).flatten() for _ in range(2))
+    assert float((first == second).double().mean()) < 1e-3
+    assert float(first.mean()) == pytest.approx(0, abs=0.01) and float(first.std()) == pytest.approx(1, abs=0.01)
+
+
 @pytest.mark.parametrize("bits", [3, 6])
 def test_the_fast_model_knows_where_it_is_not_valid(bits, tmp_path):
     model = quantized("llama-tied", tmp_path)
@@ -217,6 +263,14 @@ def test_what_can_not_be_is_said(tmp_path):
         attach_cim(tiny_model("llama-tied"), {})
     with pytest.raises(ValueError, match="a chip quantizes its inputs itself"):
         PolarizeConfig(activations="int8", cim=NOISY)
+    for config, message in (
+        (PolarizeConfig("int8", cim=CIMConfig(mapping="one_hot")), 'an INT8 backbone takes "grid"'),
+        (PolarizeConfig(cim=NOISY.replace(layers=["nothing"])), "none of the 14 layers has a name"),
+    ):
+        original = tiny_model("llama-tied")
+        with pytest.raises(ValueError, match=message):
+            polarize(original, [tiny_inputs(original)], config)
+        assert not list(backbone_layers(original))
     with pytest.raises(TypeError, match="cim must be a CIMConfig, a dict"):
         PolarizeConfig(cim="noisy")
     model = attach_cim(quantized("llama-tied", tmp_path), NOISY)

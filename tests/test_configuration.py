@@ -128,7 +128,10 @@ def test_the_physical_defaults_of_a_chip():
         ({"stuck_at_zero": 0.7, "stuck_at_one": 0.7}, "sum is above 1"),
         ({"mapping": "learned", "weight_bits": 8}, "has weight_bits of 4 to 7 planes; got 8"),
         ({"mapping": "one_hot", "rows": 48}, "rows that divide the 64 weights"),
+        ({"mapping": "one_hot", "rows": 0}, "rows must be an integer in 1"),
         ({"chip_seed": "a"}, "chip_seed must be an integer"),
+        ({"layers": "mlp"}, "layers must be a list of regular expressions; got 'mlp'"),
+        ({"layers": ["(mlp"]}, r"layers: '\(mlp' is no regular expression"),
     ],
 )
 def test_chips_that_can_not_be_are_refused(arguments, message):

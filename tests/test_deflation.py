@@ -12,6 +12,7 @@ from hf_polarize import (
     PolarizeConfig,
     SurrogateConfig,
     attach_cim,
+    backbone_only,
     detach_cim,
     polarize,
     save_polarized,
@@ -20,9 +21,9 @@ from hf_polarize.backbone import quantize_linear
 from hf_polarize.calibration import layer_statistics
 from hf_polarize.cim.chip import generator_for
 from hf_polarize.cim.hook import OnChip
-from hf_polarize.cim.moments import chip_moments
 from hf_polarize.cim.planes import weight_code
 from hf_polarize.cim.programming import codes_for_cells
+from hf_polarize.cim.variation import chip_moments
 from hf_polarize.compensation import compensate, damped
 from hf_polarize.deflation import Deflation, calibrate_to_chip, deflate, deflating_path, removed_directions
 from hf_polarize.plan import make_plan
@@ -193,6 +194,19 @@ def test_weights_over_chips_have_the_moments_that_are_computed(encoding, defects
         assert float(offset.var(0).sum()) == pytest.approx(float(moments.offset.sum()), rel=0.1)
 
 
+@pytest.mark.parametrize("preset", ["noisy", "nvm", "sram-28nm", "sram-16nm"])
+def test_the_noise_of_readings_is_that_of_the_exact_model(preset):
+    """Good cells under an ADC that tells counts apart are hardly ever misread: no rounding is counted for them."""
+    config = CIMConfig.preset(preset)
+    linear = torch.nn.Linear(512, 64, bias=False)
+    linear.weight = torch.nn.Parameter(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)))
+    layer = quantize_linear(linear, PolarizeConfig(cim=config))
+    fitted = OnChip(layer, "layer", config).fast.std.square().mean()
+    assert 0.4 < float(chip_moments(layer, config).reading.mean() / fitted) < 2.5  # of SRAM a few misread counts
+    coarse = config.replace(adc_bits=5)
+    assert chip_moments(layer, coarse).reading.mean() > 4 * chip_moments(layer, config).reading.mean()
+
+
 def test_a_checkpoint_keeps_what_is_removed(tmp_path):
     model = polarized(cim=NOISY)
     inputs = tiny_inputs(model)
@@ -267,6 +281,9 @@ def test_a_deflated_model_is_written_quietly_unless_the_chip_says_otherwise():
         moments = chip_moments(layer, NOISY.replace(mapping=mapping))
         error.append(float(((moments.mean - layer.dequantized()).square() + moments.variance).sum()))
     assert error[1] < 0.95 * error[0]
+    with backbone_only(model):
+        assert layer.deflation is None
+    assert layer.deflation is not None
     plain = polarize(
         tiny_model("llama-tied"), batches(), PolarizeConfig(cim=NOISY), SurrogateConfig(r=4), max_tokens=256, window=32
     )
@@ -331,10 +348,11 @@ def test_codes_for_cells_without_defects_are_those_of_any_backbone(encoding):
     assert float((codes == plain).float().mean()) > 0.999
 
 
-def test_a_layer_that_is_written_for_its_chip():
+@pytest.mark.parametrize("drift", [{}, {"drift_exponent": 0.05, "drift_spread": 0.01, "drift_time": 1e5}])
+def test_a_layer_that_is_written_for_its_chip(drift):
     """Against float64: the weights that the chip ends up with, in the metric of the inputs."""
     linear = torch.nn.Linear(192, 96, bias=False)
-    chip = NOISY.replace(stuck_at_zero=0.01, column_gain=0.02, read_noise=0.0, adc_bits=None)
+    chip = NOISY.replace(stuck_at_zero=0.01, column_gain=0.02, read_noise=0.0, adc_bits=None, **drift)
     layer = quantize_linear(linear, PolarizeConfig(cim=chip))
     h, weight = covariance(192), linear.weight.detach()
 

@@ -38,6 +38,8 @@ def test_three_layers_by_hand():
     assert bill.macs == 12800 + 650 + 100000 + 500
     assert bill.tops_per_watt == pytest.approx(2 * bill.macs / bill.total)
     assert bill.caps()["ADC"] == pytest.approx(2 * bill.macs / (a["ADC"] + b["ADC"]))
+    on_chip = sum(a.values()) + sum(b.values())
+    assert bill.to_dict()["TOPS/W, 1 bit"] == pytest.approx(2 * 64 * (12800 + 650) / on_chip)
 
 
 def test_planes_follow_the_encoding_and_the_mapping():
@@ -47,6 +49,15 @@ def test_planes_follow_the_encoding_and_the_mapping():
     assert adc(encoding="sign_magnitude") == pytest.approx(adc() * 49 / 64)
     assert adc(mapping="one_hot") == pytest.approx(adc() * 15 / 8)
     assert adc(input_bits=4, weight_bits=4) == pytest.approx(adc() / 4)
+    assert adc(adc_bits=None) == pytest.approx(adc(adc_bits=7))  # tells 0..64 apart
+
+
+def test_cells_that_hold_nothing_cost_nothing():
+    def array(**changes):
+        return bill_of([LayerShape("a", 8, 64)], 0, CHIP.replace(**changes), SEVEN, nf4=True).totals()["array"]
+
+    # 8 planes, half of the cells, against 15 with one of 16
+    assert array(mapping="one_hot") == pytest.approx(array() * (15 * 0.06) / (8 * 0.5))
 
 
 def test_what_the_surrogate_alone_allows():
@@ -59,6 +70,8 @@ def test_what_the_surrogate_alone_allows():
     known = {"fp16, 45 nm": 64, "fp16, 7 nm": 192, "bf16, 7 nm": 300, "int8, 45 nm": 417, "int8, 7 nm": 1247}
     for name, value in known.items():
         assert caps[name] == pytest.approx(value, rel=0.01)
+    deflated = paper_section(bill_of([LayerShape("a", 768, 768, rank=8, deflated=True)], 0, CHIP, SEVEN, nf4=True))
+    assert deflated["share of surrogate MACs"] == 2 * paper["share of surrogate MACs"]
     # a surrogate that costs what is left, and nothing else, makes the claim
     assert 2e3 / (0.0208333 * paper["surrogate MAC that the claim leaves, fJ, everything else free"]) == pytest.approx(
         464, rel=1e-4
@@ -93,3 +106,8 @@ def test_the_command(tmp_path, capsys, tokenizer):
     assert record["pJ per token"] == pytest.approx(sum(record["totals"].values()))
     assert (tmp_path / "out" / "energy.png").stat().st_size > 5000
     assert all(constant["source"] for constant in record["constants"])
+
+    assert main(["energy", str(recipe), "cim={preset: sram-16nm, layers: [mlp]}", "deflated=true"]) == 0
+    layers = json.loads((tmp_path / "out" / "energy.json").read_text())["layers"]
+    for name, bill in layers.items():
+        assert (bill["array"] > 0) == (bill["deflation"] > 0) == ("mlp" in name)

@@ -4,6 +4,7 @@ import itertools
 import json
 from dataclasses import replace
 from math import nan
+from types import SimpleNamespace
 
 import pytest
 from conftest import TEXT, tiny_model
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from hf_polarize import CIMConfig
 from hf_polarize.card import model_card
 from hf_polarize.cim.configuration import PRESETS
+from hf_polarize.cim.energy_report import accuracy_against_energy
 from hf_polarize.cim.sweep import setting_of, settings, summary
 from hf_polarize.cli import main
 from hf_polarize.inspection import inspect_checkpoint
@@ -87,6 +89,15 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
     assert main(["energy", recipe]) == 0
     assert (folder / "pareto.png").is_file()
 
+    def bill(rank, deflated):
+        return SimpleNamespace(total=(rank, deflated))
+
+    points = accuracy_against_energy(record, load_recipe(recipe), bill)
+    assert [energy for energy, _ in points["backbone alone"]] == [(0, False)]
+    assert [energy for energy, _ in points["closed form"]] == [(2, False), (4, False)]
+    assert [energy for energy, _ in points["deflated, trained"]] == [(2, True), (4, True)]
+    assert accuracy_against_energy(record, load_recipe(recipe, ["cim=nvm"]), bill) == {}
+
 
 @pytest.mark.parametrize(
     "override, message",
@@ -95,6 +106,10 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
         ("cim=nosy", "no preset 'nosy'"),
         ("sweep=[{v_dd: [0.7]}]", "v_dd acts through read_noise, which this chip sets to 0.02"),
         ("sweep=[{mismatc: [0.7]}]", "the nearest is 'mismatch'"),
+        ("sweep=[{adc_noise: [0.5]}]", "adc_noise acts through read_noise"),
+        ("sweep=[{chip_seed: [1, 2]}]", "every setting is measured on the same chips"),
+        ("sweep=[{r: [0, 8]}]", "r must be"),
+        ("sweep=[{r: [2.5]}]", "r must be"),
         ("sweep=[{adc_bits: [99]}]", "adc_bits must be an integer in 1..16; got 99"),
         ("train=[surrogate, scales]", "block scales are part of the chip that cim names"),
         ("sweep_methods=[best]", "sweep_methods takes any of 'backbone alone'"),
@@ -105,8 +120,25 @@ def test_what_can_not_be_swept_is_said_before_any_work(recipe, override, message
     assert message in capsys.readouterr().err
 
 
+def test_settings_in_any_order_and_of_any_kind(recipe, tmp_path):
+    """JSON sorts its keys: a resumption knows its settings again. Not all that can be swept is a number."""
+    grids = "sweep=[{rows: [32, 64], adc_bits: [8, null]}, {layers: [[mlp], [attn]]}]"
+    swept = [grids, "sweep_methods=[backbone alone]"]
+    assert main(["cim", "sweep", recipe, *swept]) == 0
+    folder = tmp_path / "out"
+    before = (folder / "sweep.json").read_text()
+    pictures = [folder / f"loss_against_{name}.png" for name in ("rows_adc_bits", "layers")]
+    for picture in pictures:
+        picture.unlink()
+    assert main(["cim", "sweep", recipe, *swept]) == 0
+    assert (folder / "sweep.json").read_text() == before and all(picture.is_file() for picture in pictures)
+
+
 def test_a_run_on_a_chip(recipe, tmp_path, capsys):
     """The backbone alone is measured on the chip as well, and training is for any chip."""
+    assert main(["run", recipe, "cim=null"]) == 1
+    assert "deflated=True takes what a surrogate sees" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
     assert main(["run", recipe, "train=[surrogate]", "train_tokens=256", "train_batch_size=2"]) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert main(["run", recipe, "cim=null", "deflated=false", f"output_dir={tmp_path / 'digital'}"]) == 0

@@ -159,7 +159,9 @@ def _read(
         noise (`torch.Tensor` of shape `(planes, tokens, out)`, *optional*): of the readings, in counts.
         total (`torch.Tensor` of shape `(tokens, out)`): float32 or float64; changed in place.
     """
-    counts = driven.float() @ (plane.cells[:, group].float() * plane.unit).T
+    # in digits of eight bits, which are exact in TF32 and bfloat16 as well
+    high, *low = (driven.float() @ digit[:, group].float().T for digit in plane.digits)
+    counts = (256 * high + low[0] if low else high) * plane.unit
     if plane.gain is not None:
         counts = counts * plane.gain[group]
     if plane.offset is not None:

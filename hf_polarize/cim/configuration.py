@@ -129,8 +129,9 @@ class CIMConfig:
     ranges: dict[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        self._check_choices()
         self._check_numbers()
+        self._check_choices()
+        self._check_layers()
         if self.adc_bits is not None and self.adc_range == "full" and 2**self.adc_bits < self.span:
             logger.warning_once(
                 f"cim: adc_bits={self.adc_bits} gives {2**self.adc_bits} codes for a span of {self.span} counts "
@@ -158,6 +159,17 @@ class CIMConfig:
             raise ValueError(
                 f'cim: mapping="{self.mapping}" needs rows that divide the 64 weights of an NF4 block; got {self.rows}'
             )
+
+    def _check_layers(self) -> None:
+        if self.layers is None:
+            return
+        if not isinstance(self.layers, (list, tuple)) or not all(isinstance(pattern, str) for pattern in self.layers):
+            raise ValueError(f"cim: layers must be a list of regular expressions; got {self.layers!r}")
+        for pattern in self.layers:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"cim: layers: {pattern!r} is no regular expression, {error}") from error
 
     def _check_numbers(self) -> None:
         whole: tuple[tuple[str, int, int], ...] = (

@@ -1,9 +1,14 @@
-"""The energy bill of a model on a chip, item by item, every constant with its source."""
+"""
+The energy bill of a model on a chip, item by item, every constant with its source.
+
+It is of arithmetic and conversion. Moving data is in no item: reading the weights of digital layers and surrogates,
+the keys and values of attention, and driving the rows of the array.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,7 +16,7 @@ import torch
 from torch import nn
 
 from .configuration import CIMConfig
-from .planes import integer_planes, weight_code
+from .planes import WeightCode, integer_planes, weight_code
 
 ITEMS = ("array", "ADC", "shift-add", "scales", "surrogate", "deflation", "other layers", "attention")
 """Of a bill, in the order of the tables."""
@@ -42,7 +47,9 @@ MAC = {
 ADC_LINEAR = Constant(100.0, "fJ / V^2 / bit", "ZigZag-IMC, k1 of its ADC model", "28 nm", "times V_DD^2")
 ADC_EXPONENTIAL = Constant(0.001, "fJ / V^2 / 4^bit", "ZigZag-IMC, k2 of its ADC model", "28 nm", "times V_DD^2")
 SHIFT_ADD = Constant(17.5, "fJ / reading", "middle of 15 to 20 fJ for bit-serial arrays", "28 nm", "0.9 V")
-ACTIVITY = Constant(0.25, "share of cells", "half of the input bits times half of the weight bits are 1", "any", "any")
+ACTIVITY = Constant(
+    0.5, "share of rows", "half of the input bits are 1; of cells, what the code of the weights says", "any", "any"
+)
 PAPER = Constant(
     464.0, "TOPS/W", "arXiv 2411.05845, abstract, rank 8; its derivation is not public", "16 nm class", ""
 )
@@ -110,14 +117,29 @@ class LayerShape:
     on_chip: bool = True
     deflated: bool = False
 
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the original layer for a token."""
+        return self.out_features * self.in_features
 
-def layer_energy(layer: LayerShape, chip: CIMConfig, energy: EnergyConfig, planes: int) -> dict[str, float]:
+
+def input_planes(chip: CIMConfig) -> int:
+    """Return how many planes of inputs the array executes."""
+    return len(integer_planes(torch.zeros(1), chip.input_bits, chip.encoding)[1])
+
+
+def adc_bits(chip: CIMConfig) -> int:
+    """Return the bits of a chip's ADC; without one, those of the smallest that tells all counts apart."""
+    return chip.adc_bits or math.ceil(math.log2(chip.span + 1))
+
+
+def layer_energy(layer: LayerShape, chip: CIMConfig, energy: EnergyConfig, code: WeightCode) -> dict[str, float]:
     """
     Return the items of one layer's bill for one token, pJ.
 
     With B_x and B_w planes of inputs and weights, C the cell, N rows and G = ceil(in / N) groups of rows:
 
-        array      B_x B_w out in * activity * C V^2
+        array      B_x B_w out in * activity * share of cells that hold 1 * C V^2
         ADC        B_x B_w out G * (100 b + 0.001 * 4^b) V^2 * node / 28
         shift-add  B_x B_w out G * 17.5 fJ * node / 28
         scales     out G multiply-accumulates
@@ -128,23 +150,24 @@ def layer_energy(layer: LayerShape, chip: CIMConfig, energy: EnergyConfig, plane
         layer ([`LayerShape`]): the layer.
         chip ([`CIMConfig`]): that it runs on.
         energy ([`EnergyConfig`]): what else is assumed.
-        planes (`int`): of the weight.
+        code ([`~hf_polarize.cim.planes.WeightCode`]): of the weight; its values count as equally frequent.
     """
     mac = digital_mac(energy.digital, energy.node).value
     bill = dict.fromkeys(ITEMS, 0.0)
     paths = layer.rank * (layer.in_features + layer.out_features) * mac
     bill["surrogate"] = paths
     if not layer.on_chip:
-        bill["other layers"] = layer.out_features * layer.in_features * mac
+        bill["other layers"] = layer.macs * mac
         return bill
-    pairs = len(integer_planes(torch.zeros(1), chip.input_bits, chip.encoding)[1]) * planes
+    pairs = input_planes(chip) * len(code.significance)
     groups = -(-layer.in_features // chip.rows)
     readings = pairs * layer.out_features * groups
     scale = energy.node / 28
-    bits = chip.adc_bits or 16
+    bits = adc_bits(chip)
     adc = (ADC_LINEAR.value * bits + ADC_EXPONENTIAL.value * 4**bits) * chip.v_dd**2 * scale
-    cell = ACTIVITY.value * chip.cell_capacitance * chip.v_dd**2
-    bill["array"] = pairs * layer.out_features * layer.in_features * cell * 1e-3
+    hold_one = round(float((code.cells != 0).double().mean()), 2)
+    cell = ACTIVITY.value * hold_one * chip.cell_capacitance * chip.v_dd**2
+    bill["array"] = pairs * layer.macs * cell * 1e-3
     bill["ADC"] = readings * adc * 1e-3
     bill["shift-add"] = readings * SHIFT_ADD.value * scale * 1e-3
     bill["scales"] = layer.out_features * groups * mac
@@ -161,14 +184,15 @@ class Bill:
         layers (`dict[str, dict[str, float]]`): items of each layer, pJ.
         macs (`int`): multiply-accumulates of the original model, those of attention included.
         chip ([`CIMConfig`]), energy ([`EnergyConfig`]): what it was computed for.
-        bits (`tuple[int, int]`): of inputs and weights, for the normalised figure.
+        planes (`int`): pairs of planes of inputs and weights that the array executes, for the normalised figure.
+        shapes (`list[LayerShape]`): of the linear layers.
     """
 
     layers: dict[str, dict[str, float]]
     macs: int
     chip: CIMConfig
     energy: EnergyConfig
-    bits: tuple[int, int]
+    planes: int
     shapes: list[LayerShape] = field(default_factory=list)
 
     def totals(self) -> dict[str, float]:
@@ -185,6 +209,13 @@ class Bill:
         """Two operations per multiply-accumulate, of all those of the original model; 2 MACs / pJ."""
         return 2 * self.macs / self.total
 
+    @property
+    def one_bit_tops_per_watt(self) -> float:
+        """Of the layers on the chip with their surrogates: two operations for each pair of bits that is multiplied."""
+        on_chip = [shape for shape in self.shapes if shape.on_chip]
+        spent = sum(sum(self.layers[shape.name].values()) for shape in on_chip)
+        return 2 * self.planes * sum(shape.macs for shape in on_chip) / spent if spent else 0.0
+
     def caps(self) -> dict[str, float]:
         """Return the TOPS/W that would be left if only one item cost anything."""
         return {item: 2 * self.macs / value for item, value in self.totals().items() if value}
@@ -194,7 +225,7 @@ class Bill:
         return {
             "pJ per token": self.total,
             "TOPS/W": self.tops_per_watt,
-            "TOPS/W, 1 bit": self.tops_per_watt * self.bits[0] * self.bits[1],
+            "TOPS/W, 1 bit": self.one_bit_tops_per_watt,
             "MACs per token": self.macs,
             "totals": totals,
             "caps": self.caps(),
@@ -218,13 +249,13 @@ def bill_of(shapes: list[LayerShape], attention: int, chip: CIMConfig, energy: E
     from bitsandbytes.functional import get_4bit_type
 
     mapped = chip if nf4 else chip.replace(mapping=None)
-    planes = len(weight_code(mapped, get_4bit_type("nf4", device="cpu")).significance)
-    layers = {shape.name: layer_energy(shape, chip, energy, planes) for shape in shapes}
-    macs = attention + sum(shape.out_features * shape.in_features for shape in shapes)
+    code = weight_code(mapped, get_4bit_type("nf4", device="cpu"))
+    layers = {shape.name: layer_energy(shape, chip, energy, code) for shape in shapes}
+    macs = attention + sum(shape.macs for shape in shapes)
     if attention:
         mac = digital_mac(energy.digital, energy.node).value
         layers["attention"] = {**dict.fromkeys(ITEMS, 0.0), "attention": attention * mac}
-    return Bill(layers, macs, chip, energy, (chip.input_bits, 4 if nf4 else chip.weight_bits), shapes)
+    return Bill(layers, macs, chip, energy, input_planes(chip) * len(code.significance), shapes)
 
 
 def paper_section(bill: Bill) -> dict[str, Any]:
@@ -232,12 +263,12 @@ def paper_section(bill: Bill) -> dict[str, Any]:
     Set the paper's 464 TOPS/W beside what this bill gives, and say what would have to hold.
 
     It is 2 / 464 = 4.31 fJ for each multiply-accumulate of the backbone's layers, everything included. What is left of
-    that for a digital multiply-accumulate of the surrogate, with everything else as in the bill and with everything
-    else free, is the assumption that would have to hold.
+    that for a digital multiply-accumulate of the surrogate (twice as many where it deflates), with everything else as
+    in the bill and with everything else free, is the assumption that would have to hold.
     """
     on_chip = [shape for shape in bill.shapes if shape.on_chip]
-    macs = sum(shape.out_features * shape.in_features for shape in on_chip)
-    paths = sum(shape.rank * (shape.in_features + shape.out_features) for shape in on_chip)
+    macs = sum(shape.macs for shape in on_chip)
+    paths = sum((1 + shape.deflated) * shape.rank * (shape.in_features + shape.out_features) for shape in on_chip)
     layers = [bill.layers[shape.name] for shape in on_chip]
     spent = {item: 1e3 * sum(layer[item] for layer in layers) / macs for item in ITEMS}
     claimed = 2e3 / PAPER.value  # fJ per MAC
@@ -263,17 +294,17 @@ def paper_section(bill: Bill) -> dict[str, Any]:
 
 
 def model_shapes(
-    model: nn.Module, chosen: Mapping[str, nn.Module], ranks: Mapping[str, int], deflated: bool
+    model: nn.Module, on_chip: Collection[str], ranks: Mapping[str, int], deflated: bool
 ) -> list[LayerShape]:
-    """Return the shapes of a model's linear layers: those chosen are on the chip."""
+    """Return the shapes of a model's linear layers, of which some are on the chip, and there deflated."""
     from ..backbone import is_convertible, weight_matrix
 
     shapes = []
     for name, module in model.named_modules():
         if is_convertible(module):
             out_features, in_features = weight_matrix(module).shape
-            rank = ranks.get(name, 0)
-            shapes.append(LayerShape(name, out_features, in_features, rank, name in chosen, deflated and rank > 0))
+            rank, analog = ranks.get(name, 0), name in on_chip
+            shapes.append(LayerShape(name, out_features, in_features, rank, analog, deflated and analog and rank > 0))
     return shapes
 
 

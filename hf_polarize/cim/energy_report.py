@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging
 
 from ..checkpoint import read_json, write_json
 from ..configuration import SurrogateConfig
@@ -23,12 +26,15 @@ from .energy import (
     SHIFT_ADD,
     Bill,
     EnergyConfig,
+    adc_bits,
     attention_macs,
     bill_of,
     model_shapes,
     paper_section,
 )
+from .sweep import BACKBONE, DEFLATED
 
+logger = logging.get_logger(__name__)
 RANKS = (0, 2, 4, 8, 16, 32)
 """Of the table of ranks."""
 
@@ -56,15 +62,18 @@ def energy_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     model, _ = load_model(recipe)
     plan = make_plan(model, recipe.polarize_config(), recipe.surrogate_config())
     attention = attention_macs(model.config, assumed.context)
-    nf4 = recipe.backbone == "nf4"
+    nf4, on_chip = recipe.backbone == "nf4", {name for name in plan.layers if chip.covers(name)}
 
-    def bill(energy: EnergyConfig = assumed, ranks: dict[str, int] | None = None) -> Bill:
-        shapes = model_shapes(model, plan.layers, plan.ranks if ranks is None else ranks, recipe.deflated)
-        return bill_of(shapes, attention, chip, energy, nf4)
+    def bill(energy: EnergyConfig, ranks: dict[str, int], deflated: bool) -> Bill:
+        return bill_of(model_shapes(model, on_chip, ranks, deflated), attention, chip, energy, nf4)
 
-    main = bill()
-    at_rank = {rank: bill(ranks=_ranks(model, recipe, rank)) for rank in RANKS}
-    at_node = {node: bill(replace(assumed, node=node)) for node in NODES}
+    def at(rank: int, deflated: bool = recipe.deflated) -> Bill:
+        ranks = make_plan(model, recipe.polarize_config(), SurrogateConfig(r=rank)).ranks if rank else {}
+        return bill(assumed, ranks, deflated)
+
+    main = bill(assumed, plan.ranks, recipe.deflated)
+    at_rank = {rank: at(rank) for rank in RANKS}
+    at_node = {node: bill(replace(assumed, node=node), plan.ranks, recipe.deflated) for node in NODES}
     record = {
         **main.to_dict(),
         "ranks": {str(rank): {"TOPS/W": b.tops_per_watt, "pJ per token": b.total} for rank, b in at_rank.items()},
@@ -77,18 +86,12 @@ def energy_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     _plot_nodes(at_node, folder / "energy.png")
     pictures = ["![energy per token by node](energy.png)"]
     if (folder / "sweep.json").is_file():
-        points = _accuracy(read_json(folder / "sweep.json"), at_rank)
-        if points:
+        points = accuracy_against_energy(read_json(folder / "sweep.json"), recipe, at)
+        if any(len(line) > 1 for line in points.values()):
             _plot_pareto(points, folder / "pareto.png")
             pictures.append("![loss against energy over rank](pareto.png)")
     (folder / "energy.md").write_text(_text(recipe, main, record, chip, pictures, command), encoding="utf-8")
     return record
-
-
-def _ranks(model: Any, recipe: Recipe, rank: int) -> dict[str, int]:
-    if not rank:
-        return {}
-    return make_plan(model, recipe.polarize_config(), SurrogateConfig(r=rank)).ranks
 
 
 def _constants() -> list[dict[str, Any]]:
@@ -99,17 +102,26 @@ def _constants() -> list[dict[str, Any]]:
     return [{"name": name, **vars(constant)} for name, constant in named.items()]
 
 
-def _accuracy(sweep: dict[str, Any], at_rank: dict[int, Bill]) -> dict[str, list[tuple[float, float]]]:
-    """Return (energy per token, mean loss) of each method over the ranks that were swept."""
+def accuracy_against_energy(
+    sweep: dict[str, Any], recipe: Recipe, at: Callable[[int, bool], Bill]
+) -> dict[str, list[tuple[float, float]]]:
+    """Return (energy per token, mean loss) of each method over the ranks that were swept, if it was for this model."""
+    now, then = asdict(recipe), sweep["recipe"]
+    other = [key for key in ("model", "backbone", "cim", "modules_to_not_convert") if then.get(key) != now[key]]
+    if other:
+        logger.warning(f"the sweep in {recipe.output_dir} is of another {', '.join(other)}: no losses against energy")
+        return {}
     points: dict[str, dict[int, list[float]]] = {}
     for row in sweep["results"]:
-        rank = row["setting"].get("r", sweep["recipe"]["r"])
-        if set(row["setting"]) <= {"r"} and rank in at_rank:
+        if set(row["setting"]) <= {"r"}:
+            rank = 0 if row["method"] == BACKBONE else row["setting"].get("r", sweep["recipe"]["r"])
             points.setdefault(row["method"], {}).setdefault(rank, []).append(row["loss"])
     return {
-        method: [(at_rank[rank].total, sum(losses) / len(losses)) for rank, losses in sorted(by_rank.items())]
+        method: [
+            (at(rank, method.startswith(DEFLATED)).total, sum(losses) / len(losses))
+            for rank, losses in sorted(by_rank.items())
+        ]
         for method, by_rank in points.items()
-        if len(by_rank) > 1
     }
 
 
@@ -144,6 +156,12 @@ def _plot_pareto(points: dict[str, list[tuple[float, float]]], path: Path) -> No
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)
+
+
+def _adc(chip: CIMConfig) -> str:
+    if chip.adc_bits is not None:
+        return f"The ADC has {chip.adc_bits} bits."
+    return f"The chip has no ADC; one of {adc_bits(chip)} bits is billed, which tells all counts apart."
 
 
 def _text(
@@ -181,10 +199,12 @@ def _text(
     fed = "surrogate MAC that the claim leaves, fJ, everything else"
     return f"""# {name}: energy per token
 
-{bill.tops_per_watt:.2f} TOPS/W ({record["TOPS/W, 1 bit"]:.0f} normalised to 1 bit), {total * 1e-6:.2f} µJ per token at
-{bill.energy.node:g} nm, {chip.v_dd:g} V, {bill.energy.digital} outside the array, attention over {bill.energy.context}
-tokens. The largest item is {record["largest item"]}. Two operations per multiply-accumulate of the original model; all
-items count.
+{bill.tops_per_watt:.2f} TOPS/W, {total * 1e-6:.2f} µJ per token at {bill.energy.node:g} nm, {chip.v_dd:g} V,
+{bill.energy.digital} outside the array, attention over {bill.energy.context} tokens. The largest item is
+{record["largest item"]}. Two operations per multiply-accumulate of the original model; all items of the table count,
+and moving data (weights of digital layers, keys and values, inputs to the rows) is in none of them. The layers on the
+chip, with their surrogates, come to {record["TOPS/W, 1 bit"]:.0f} TOPS/W normalised to 1 bit, for the {bill.planes}
+pairs of bit planes that are executed.
 
 {items}
 
@@ -196,7 +216,8 @@ items count.
 
 arXiv 2411.05845 claims about {paper["claim, TOPS/W"]:g} TOPS/W at rank 8, which is {paper["claim, fJ per MAC"]:.2f} fJ
 for each multiply-accumulate. The layers on the chip come to {paper["backbone layers here, TOPS/W"]:.1f} TOPS/W under
-the assumptions here. Surrogates do {100 * paper["share of surrogate MACs"]:.2f} % of their multiply-accumulates. For
+the assumptions here. Surrogates, and what deflates, do {100 * paper["share of surrogate MACs"]:.2f} % as many
+multiply-accumulates as the layers. For
 the claim to hold here, one of these may cost {paper[f"{fed} free"]:.0f} fJ if everything else is free, and
 {paper[f"{fed} as here"]:.0f} fJ if everything else costs what it costs here (below zero: it can't hold).
 
@@ -211,8 +232,8 @@ the claim to hold here, one of these may cost {paper[f"{fed} free"]:.0f} fJ if e
 {constants}
 
 Converters, shift-and-add and digital arithmetic between the nodes that were published are scaled: the former two with
-the node, the latter with the power of the node that joins 45 and 7 nm. The cell is the chip's own
-({chip.cell_capacitance:g} fF).
+the node, the latter with the power of the node that joins 45 and 7 nm. The array is billed as switched capacitors of
+{chip.cell_capacitance:g} fF; a resistive one conducts instead, and needs a figure of its own. {_adc(chip)}
 
 ## How to run this again
 

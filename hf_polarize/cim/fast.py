@@ -29,8 +29,8 @@ LANE = 255
 """Largest count of eight bits."""
 PAIRS = 16384
 """Random pairs of readings that say how far copies of a plane err together."""
-TABLE = 2**22
-"""Normal numbers that the noise is cut from."""
+TABLE, PIECE = 2**22, 2**18
+"""Normal numbers that the noise is cut from, and the largest piece."""
 
 
 def _some_numbers(rows: int) -> list[int]:
@@ -225,14 +225,73 @@ def _normal_table(device: torch.device) -> torch.Tensor:
 
 def normal_like(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """
-    Return normal numbers of the shape of `y`, cut from a table at a place that the generator draws.
+    Return normal numbers of the shape of `y`, pieces of a table from places that the generator draws.
 
-    A hundred times cheaper than new ones. No number occurs twice in one call.
+    A hundred times cheaper than new ones.
     """
-    if y.numel() > TABLE:
-        return torch.randn(y.shape, generator=generator).to(y.device)
-    start = int(torch.randint(TABLE - y.numel() + 1, (), generator=generator))
-    return _normal_table(y.device)[start : start + y.numel()].view(y.shape)
+    table = _normal_table(y.device)
+    lengths = [PIECE] * (y.numel() // PIECE) + [y.numel() % PIECE]
+    starts = torch.randint(TABLE - PIECE, (len(lengths),), generator=generator).tolist()
+    pieces = [table[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+    return (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).view(y.shape)
+
+
+@dataclass(frozen=True)
+class TypicalReadings:
+    """
+    What the readings of a layer are for normal inputs.
+
+    Attributes:
+        inputs (`torch.Tensor` of shape `(tokens, in)`): integers, those of normal numbers.
+        coefficients (`torch.Tensor` of shape `(planes of inputs,)`): their significances, float64.
+        kappa (`torch.Tensor` of shape `(planes,)`): how far readings of each plane of the weight follow its cells.
+        bias (`float`): of an output, for a scale of 1.
+        each (`torch.Tensor` of shape `(rows + 1,)`): variance of all readings of one plane of inputs that drives so
+            many rows, for a scale of 1, float64.
+        variance (`float`): of an output, for one group with a scale of 1.
+    """
+
+    inputs: torch.Tensor
+    coefficients: torch.Tensor
+    kappa: torch.Tensor
+    bias: float
+    each: torch.Tensor
+    variance: float
+
+
+def typical_readings(
+    cells: Sequence[float],
+    significance: torch.Tensor,
+    in_features: int,
+    converter: Converter | None,
+    config: CIMConfig,
+) -> TypicalReadings:
+    """
+    Average [`read_moments`] over the rows that normal inputs drive.
+
+    Args:
+        cells (`Sequence[float]`): how often those of each plane of the weight are not zero.
+        significance (`torch.Tensor` of shape `(planes,)`): of the planes of the weight, float64.
+        in_features (`int`): of the layer.
+        converter ([`Converter`], *optional*): the ADC.
+        config ([`CIMConfig`]): of the chips; seeds should be 0, so that all share what was computed before.
+    """
+    numbers = torch.randn(SAMPLED_TOKENS, in_features, generator=torch.Generator().manual_seed(0))
+    q, _ = quantized_inputs(numbers, config.input_bits)
+    coefficients = integer_planes(torch.zeros(1), config.input_bits, config.encoding)[1]
+    kind = "magnitude" if config.signed else "bits"
+    driven = driven_rows(q, -(-in_features // config.rows), config.rows, len(coefficients), kind)
+    often = torch.nn.functional.one_hot(driven, config.rows + 1).double().mean((0, 1))  # (planes, rows + 1)
+    of_planes = [_moments_by_rows(converter, density, config) for density in cells]
+    moments = ReadMoments(*(torch.stack(list(part), 1) for part in zip(*map(astuple, of_planes), strict=True)))
+
+    following = coefficients.square() @ often @ (moments.static + 1e-30)
+    kappa = coefficients.square() @ often @ (moments.kappa * (moments.static + 1e-30)) / following
+    each = (moments.variance + (moments.kappa - kappa).square() * moments.static) @ significance.square()
+    return TypicalReadings(
+        q, coefficients, kappa, float(coefficients @ often @ moments.bias @ significance), each,
+        float(coefficients.square() @ often @ each),
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -257,23 +316,12 @@ def fast_array(
     Returns:
         The fast model, and why it is not valid here, or `None`.
     """
-    generator = torch.Generator().manual_seed(0)
-    q, _ = quantized_inputs(torch.randn(SAMPLED_TOKENS, in_features, generator=generator), config.input_bits)
-    coefficients = integer_planes(torch.zeros(1), config.input_bits, config.encoding)[1]
-    kind = "magnitude" if config.signed else "bits"
-    driven = driven_rows(q, scale.shape[1], config.rows, len(coefficients), kind)
-    often = torch.nn.functional.one_hot(driven, config.rows + 1).double().mean((0, 1))  # (planes, rows + 1)
-    kind_of_chip = config.replace(chip_seed=0, read_seed=0, layers=None, ranges={})
-    cells = [round(float((plane.written != 0).double().mean()), 2) for plane in planes]
-    of_planes = [_moments_by_rows(converter, density, kind_of_chip) for density in cells]
-    moments = ReadMoments(*(torch.stack(list(part), 1) for part in zip(*map(astuple, of_planes), strict=True)))
-
-    following = coefficients.square() @ often @ (moments.static + 1e-30)
-    kappa = coefficients.square() @ often @ (moments.kappa * (moments.static + 1e-30)) / following
     significance = torch.tensor([plane.significance for plane in planes], dtype=torch.float64)
-    bias = float(coefficients @ often @ moments.bias @ significance)
-    each = (moments.variance + (moments.kappa - kappa).square() * moments.static) @ significance.square()
-    variance = float(coefficients.square() @ often @ each)
+    cells = [round(float((plane.written != 0).double().mean()), 2) for plane in planes]
+    kind_of_chip = config.replace(chip_seed=0, read_seed=0, layers=None, ranges={})
+    typical = typical_readings(cells, significance, in_features, converter, kind_of_chip)
+    q, coefficients = typical.inputs, typical.coefficients
+    kappa, bias, each, variance = typical.kappa, typical.bias, typical.each, typical.variance
 
     factor = nominal_factor(config, scale.device)
     total, offset = torch.zeros(planes[0].cells.shape, device=scale.device), torch.full_like(scale, bias)
@@ -296,7 +344,7 @@ def fast_array(
         copies = copies.float().to(scale.device)
     loudness = TokenNoise(share.float().to(scale.device), copies)
     fast = FastArray(weight, (offset * scale).sum(1), bias * scale.sum(1), std.float(), loudness)
-    return fast, _fit(fast, q.to(scale.device), planes, scale, converter, config, generator)
+    return fast, _fit(fast, q.to(scale.device), planes, scale, converter, config, torch.Generator().manual_seed(1))
 
 
 def _fit(

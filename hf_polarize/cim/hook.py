@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -18,9 +18,11 @@ from .array import Converter, exact_product
 from .chip import fabricate, generator_for
 from .configuration import CIMConfig
 from .fast import FastArray, fast_array
-from .moments import ChipMoments
 from .planes import grouped_weights, quantized_inputs, weight_code
 from .ranges import measured_ranges
+
+if TYPE_CHECKING:
+    from .variation import ChipMoments
 
 
 class OnChip:
@@ -67,7 +69,7 @@ class OnChip:
         Take the weights and the offsets of a chip that nobody made, by the fast model, until [`restore`].
 
         Args:
-            moments ([`~hf_polarize.cim.moments.ChipMoments`]): of this layer.
+            moments ([`~hf_polarize.cim.variation.ChipMoments`]): of this layer.
             generator (`torch.Generator`): draws the chip; on the CPU.
         """
 
@@ -94,16 +96,17 @@ class OnChip:
         return y.view(*x.shape[:-1], -1).to(x.dtype)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `(tokens, out)`, float32, without the bias."""
+        """Return `(tokens, out)`, float32, without the bias. Autocast has no say in what an array computes."""
         self._move(x.device)
-        q, scale = quantized_inputs(x, self.config.input_bits)
-        if self.varied is not None:
-            y = self.varied(q, self._reads)
-        elif self.planes is not None:
-            y = exact_product(q, self.planes, self.scale, self.config, self.converter, self._reads).float()
-        else:
-            y = self.fast(q, self._reads)
-        return y.mul_(scale)
+        with torch.autocast(x.device.type, enabled=False):
+            q, scale = quantized_inputs(x, self.config.input_bits)
+            if self.varied is not None:
+                y = self.varied(q, self._reads)
+            elif self.planes is not None:
+                y = exact_product(q, self.planes, self.scale, self.config, self.converter, self._reads).float()
+            else:
+                y = self.fast(q, self._reads)
+            return y.mul_(scale)
 
     def _move(self, device: torch.device) -> None:
         if self.scale.device != device:
@@ -160,8 +163,14 @@ def attach_cim(model: nn.Module, config: CIMConfig, data: Iterable[Batch] | None
             raise ValueError(
                 f"cim: adc_range={config.adc_range!r} is measured: give batches, attach_cim(model, config, data=...)"
             )
-        detach_cim(model)
-        config = config.replace(ranges=measured_ranges(model, chosen, config, data))
+        taken = {layer: layer.chip for _, layer in backbone_layers(core)}
+        try:
+            for layer in taken:
+                layer.chip = None
+            config = config.replace(ranges=measured_ranges(core, chosen, config, data))
+        finally:
+            for layer, chip in taken.items():
+                layer.chip = chip
     made = {}
     with logging.tqdm(total=len(chosen), desc="making the chip", unit="layer") as bar:
         for name, layer in chosen.items():

@@ -1,4 +1,4 @@
-"""What readings and weights are on average over columns and chips."""
+"""What readings are on average over columns and chips."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..formats import BackboneLayer
 from .array import Converter
 from .chip import nominal_factor
 from .configuration import CIMConfig
-from .planes import grouped_weights, integer_planes, weight_code
 
 POINTS = 6.0
 """Standard deviations to either side that are counted."""
@@ -148,61 +146,3 @@ def _conversion(
     thresholds = torch.where((near >= converter.low) & (near < converter.high), torch.exp(-0.5 * upper.square()), 0.0)
     slopes = step * thresholds.sum(-1) / (math.sqrt(2 * math.pi) * std)
     return (codes + shift) * step, chance, slopes
-
-
-@dataclass(frozen=True)
-class ChipMoments:
-    """
-    What a layer is over all chips of a kind.
-
-    Attributes:
-        mean, variance (`torch.Tensor` of shape `(out, in)`): of each weight over chips, float32. What the gain of a
-            column does to its weights alike is counted for each by itself, right for inputs of mean 0.
-        reading (`torch.Tensor` of shape `(out,)`): variance of an output for integer inputs from reading to reading,
-            `sum_g scale_g^2 S_w S_x (noise^2 + step^2 / 12)`, with S the sums of the squared significances of the
-            planes. An ADC that tells whole counts apart adds nothing as long as counts are whole.
-        offset (`torch.Tensor` of shape `(out,)`): variance of an output over chips that the offsets of columns make,
-            `sum_g scale_g^2 S_w s_x^2 offset^2`, with s_x the sum of the significances of the planes of inputs.
-    """
-
-    mean: torch.Tensor
-    variance: torch.Tensor
-    reading: torch.Tensor
-    offset: torch.Tensor
-
-
-def chip_moments(layer: BackboneLayer, config: CIMConfig) -> ChipMoments:
-    """
-    Compute them from what is written.
-
-    Args:
-        layer ([`~hf_polarize.formats.BackboneLayer`]): the backbone's.
-        config ([`CIMConfig`]): of the chips.
-    """
-    levels = layer.levels()
-    indices, scale = grouped_weights(layer.units(), layer.block_scales(), layer.block_size, config, levels)
-    code, indices = weight_code(config, levels), indices.int()
-    squared = code.significance.square()
-    works, one = 1 - config.stuck_at_zero - config.stuck_at_one, config.stuck_at_one
-    cells = code.cells.double()
-    drifted = config.log_drift_spread**2  # of a log-normal factor
-    usual = (works * cells + (0 if config.signed else one)) * math.exp(drifted / 2)  # stuck at 1, or at 1 and -1
-    square = (works * cells.square() + one) * (1 + config.cell_mismatch**2) * math.exp(2 * drifted)
-    square = square * (1 + config.column_gain**2)
-    values = (usual @ code.significance).float().to(scale.device)
-    spread = ((square - usual.square()) @ squared).float().to(scale.device)
-    wires = nominal_factor(config, scale.device) / config.drift
-    mean = values[indices] * scale[..., None] * wires
-    variance = spread[indices] * (scale[..., None] * wires).square()
-    inputs = integer_planes(torch.zeros(1), config.input_bits, config.encoding)[1]
-    reading = (config.reading_noise / config.drift) ** 2
-    if config.adc_bits is not None:
-        step = config.span / 2**config.adc_bits / config.drift
-        whole = config.static_variance == 0 and config.column_gain == 0 and bool((wires == 1).all())
-        reading += 0.0 if whole and step <= 1 else step**2 / 12
-    one_count = scale.square().sum(1) * float(squared.sum())
-    offset = float(inputs.sum()) ** 2 * (config.column_offset / config.drift) ** 2
-    return ChipMoments(
-        mean.flatten(1)[:, : layer.in_features], variance.flatten(1)[:, : layer.in_features],
-        one_count * float(inputs.square().sum()) * reading, one_count * offset,
-    )  # fmt: skip

@@ -40,6 +40,7 @@ def codes_for_cells(
     levels = layer.levels().cpu()
     code = weight_code(config, levels)
     group, share = group_scales(layer.block_scales().cpu(), layer.block_size, weight.shape, config)
+    group = group / config.drift
     grid = code.unit if config.on_grid else 0.0
     # what each cell holds if -1, 0 or 1 is written into it
     made = [

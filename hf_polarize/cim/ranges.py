@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..formats import BackboneLayer
-from ..models import Batch
+from ..models import Batch, to_model
 from .array import Converter
+from .chip import nominal_factor
 from .configuration import CIMConfig
 from .planes import grouped_weights, integer_planes, quantized_inputs, weight_code
 
@@ -21,15 +23,16 @@ CANDIDATES = 64
 
 @torch.no_grad()
 def measured_ranges(
-    model: nn.Module, layers: Mapping[str, BackboneLayer], config: CIMConfig, data: Iterable[Batch]
+    model: PreTrainedModel, layers: Mapping[str, BackboneLayer], config: CIMConfig, data: Iterable[Batch]
 ) -> dict[str, float]:
     """
     Measure the largest count that the ADC of each layer should reach.
 
-    The model runs, digital, on the data; counts are those of an array without mismatch and noise.
+    The model runs, digital, on the data; counts are those of an array without mismatch and noise, for the inputs that
+    it gets: less what a surrogate takes out of them, where layers run deflated.
 
     Args:
-        model (`nn.Module`): off any chip.
+        model (`PreTrainedModel`): off any chip.
         layers (`Mapping[str, BackboneLayer]`): to measure.
         config ([`CIMConfig`]): of the chip; its `adc_range` says how.
         data (`Iterable[dict[str, torch.Tensor]]`): batches; tokens are taken from their beginning.
@@ -45,14 +48,15 @@ def measured_ranges(
             x = arguments[0].reshape(-1, arguments[0].shape[-1])[: SAMPLED_TOKENS - seen[name]]
             if len(x):
                 seen[name] += len(x)
-                found[name] += count_histogram(layers[name], x, config)
+                deflation = layers[name].deflation
+                found[name] += count_histogram(layers[name], x if deflation is None else deflation.rest(x)[0], config)
 
         return layers[name].register_forward_pre_hook(hook)
 
     handles = [watch(name) for name in layers]
     try:
         for batch in data:
-            model(**batch)
+            model(**to_model(batch, model))
             if min(seen.values()) >= SAMPLED_TOKENS:
                 break
     finally:
@@ -61,7 +65,8 @@ def measured_ranges(
     unseen = [name for name, tokens in seen.items() if not tokens]
     if unseen:
         raise ValueError(f"cim: no input of the data reached {unseen[0]}; its ADC can't be given a range")
-    return {name: best_range(histogram, config) for name, histogram in found.items()}
+    wear = float(nominal_factor(config, torch.device("cpu")).mean())
+    return {name: wear * best_range(histogram, config) for name, histogram in found.items()}
 
 
 def count_histogram(layer: BackboneLayer, x: torch.Tensor, config: CIMConfig) -> torch.Tensor:

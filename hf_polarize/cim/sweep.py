@@ -52,11 +52,16 @@ def setting_of(recipe: Recipe, setting: dict[str, Any]) -> tuple[CIMConfig, int]
         ValueError: If it names what is not there, or what has no effect.
     """
     changes = dict(setting)
-    rank = int(changes.pop("r", recipe.r))
+    rank = SurrogateConfig(r=changes.pop("r", recipe.r)).r
+    if "chip_seed" in changes:
+        raise ValueError("every setting is measured on the same chips: sweep_chips of them, from cim.chip_seed on")
     chip = recipe.chip()
     if chip is None:
         raise ValueError("a sweep needs a chip to start from: name one in the recipe, for instance cim=noisy")
-    for name, derived in {"v_dd": "read_noise", "temperature": "read_noise", "cell_capacitance": "mismatch"}.items():
+    acts_through = {
+        "v_dd": "read_noise", "temperature": "read_noise", "adc_noise": "read_noise", "cell_capacitance": "mismatch",
+    }  # fmt: skip
+    for name, derived in acts_through.items():
         if name in changes and derived not in changes and getattr(chip, derived) is not None:
             raise ValueError(
                 f"{name} acts through {derived}, which this chip sets to {getattr(chip, derived)}: give it as null to "
@@ -70,8 +75,8 @@ def sweep_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     """
     Measure every method on every chip of every setting; leave tables and plots in the recipe's folder.
 
-    `sweep.json` is written after each chip, tables and plots after each method: an interruption loses one chip, and
-    the same command goes on from there.
+    `sweep.json` is written after each chip, tables and plots after each method: an interruption loses one chip, or the
+    training that it fell into, and the same command goes on from there.
 
     Args:
         recipe ([`~hf_polarize.recipe.Recipe`]): with `cim`.
@@ -219,7 +224,7 @@ def _seeds(recipe: Recipe) -> range:
 
 
 def _label(setting: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in setting.items()) or "the recipe's own"
+    return ", ".join(f"{name}={value}" for name, value in sorted(setting.items())) or "the recipe's own"
 
 
 def summary(record: dict[str, Any]) -> list[dict[str, Any]]:
@@ -308,18 +313,25 @@ def _plots(folder: Path, rows: list[dict[str, Any]], names: list[str], original:
     """Plot the mean loss, a band of one standard deviation, and the worst chip, over the first of these arguments."""
     from matplotlib.figure import Figure
 
-    of_grid = [row for row in rows if list(row["setting"]) == names]
-    others = sorted({tuple(row["setting"][name] for name in names[1:]) for row in of_grid})
-    if len({row["setting"][names[0]] for row in of_grid}) < 2:
+    of_grid = [row for row in rows if sorted(row["setting"]) == sorted(names)]
+
+    def rest_of(row: dict[str, Any]) -> str:
+        return ", ".join(f"{name}={row['setting'][name]}" for name in names[1:])
+
+    others = list(dict.fromkeys(map(rest_of, of_grid)))
+    values = [row["setting"][names[0]] for row in of_grid]
+    labels = list(dict.fromkeys(map(str, values)))
+    numbers = all(isinstance(value, (int, float)) for value in values)
+    if len(labels) < 2:
         return
     figure = Figure(figsize=(1 + 4.6 * len(others), 4), layout="constrained")
     axes = figure.subplots(1, len(others), sharey=True, squeeze=False)[0]
     for axis, rest in zip(axes, others, strict=True):
         for method in dict.fromkeys(row["method"] for row in of_grid):
             points = sorted(
-                (row["setting"][names[0]], row["mean"], row["std"], row["worst"])
-                for row in of_grid
-                if row["method"] == method and tuple(row["setting"][name] for name in names[1:]) == rest
+                (value if numbers else labels.index(str(value)), row["mean"], row["std"], row["worst"])
+                for row, value in zip(of_grid, values, strict=True)
+                if row["method"] == method and rest_of(row) == rest
             )
             if not points:
                 continue
@@ -330,7 +342,9 @@ def _plots(folder: Path, rows: list[dict[str, Any]], names: list[str], original:
             axis.plot(x, worst, ":", color=line.get_color())
         axis.axhline(original, color="0.0", linestyle="--", label="original")
         axis.set_xlabel(names[0])
-        axis.set_title(", ".join(f"{name}={value}" for name, value in zip(names[1:], rest, strict=True)))
+        if not numbers:
+            axis.set_xticks(range(len(labels)), labels)
+        axis.set_title(rest)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("loss, nats per token (dotted: worst chip)")
     axes[0].legend(fontsize=8)

@@ -1,14 +1,83 @@
-"""Chips that nobody made, one after the other: what surrogates are trained on so that they suit any."""
+"""Chips that nobody made: what a layer is over all of a kind, and samples of them to train on."""
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
+import torch
 from torch import nn
+from transformers.utils import logging
 
 from ..backbone import backbone_layers
+from ..formats import BackboneLayer
 from ..surrogate import core_model
-from .chip import generator_for
+from .array import Converter
+from .chip import generator_for, nominal_factor
+from .configuration import CIMConfig
+from .fast import typical_readings
 from .hook import OnChip
-from .moments import ChipMoments, chip_moments
+from .planes import grouped_weights, weight_code
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ChipMoments:
+    """
+    What a layer is over all chips of a kind, by the fast model.
+
+    Attributes:
+        mean, variance (`torch.Tensor` of shape `(out, in)`): of each weight over chips, float32. What the gain of a
+            column does to its weights alike is counted for each by itself, right for inputs of mean 0.
+        reading (`torch.Tensor` of shape `(out,)`): variance of an output for typical integer inputs from reading to
+            reading: noise, and what the ADC rounds off.
+        offset (`torch.Tensor` of shape `(out,)`): variance of an output over chips that the offsets of columns make,
+            `sum_g scale_g^2 S_w s_x^2 offset^2`, with S_w the sum of the squared significances of the planes of the
+            weight, s_x the sum of those of the inputs.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    reading: torch.Tensor
+    offset: torch.Tensor
+
+
+def chip_moments(layer: BackboneLayer, config: CIMConfig) -> ChipMoments:
+    """
+    Compute the moments from what is written.
+
+    Args:
+        layer ([`~hf_polarize.formats.BackboneLayer`]): the backbone's.
+        config ([`CIMConfig`]): of the chips; an ADC counts with its full range, whatever `adc_range` says.
+    """
+    levels = layer.levels()
+    indices, scale = grouped_weights(layer.units(), layer.block_scales(), layer.block_size, config, levels)
+    code, indices = weight_code(config, levels), indices.int()
+    often = torch.bincount(indices.flatten(), minlength=len(code.cells)).cpu().double() / indices.numel()
+    typical = typical_readings(
+        [round(density, 2) for density in (often @ (code.cells != 0).double()).tolist()],
+        code.significance, layer.in_features, Converter.of(config, float(config.rows)),
+        config.replace(chip_seed=0, read_seed=0, layers=None, ranges={}),
+    )  # fmt: skip
+    works, one = 1 - config.stuck_at_zero - config.stuck_at_one, config.stuck_at_one
+    cells = code.cells.double()
+    drifted = config.log_drift_spread**2  # of a log-normal factor
+    usual = (works * cells + (0 if config.signed else one)) * math.exp(drifted / 2)  # stuck at 1, or at 1 and -1
+    square = (works * cells.square() + one) * (1 + config.cell_mismatch**2) * math.exp(2 * drifted)
+    square = square * (1 + config.column_gain**2)
+    kappa, squared = typical.kappa, code.significance.square()
+    values = ((kappa * usual + (1 - kappa) * cells) @ code.significance).float().to(scale.device)
+    spread = ((kappa.square() * (square - usual.square())) @ squared).float().to(scale.device)
+    wires = nominal_factor(config, scale.device) / config.drift
+    mean = values[indices] * scale[..., None] * wires
+    variance = spread[indices] * (scale[..., None] * wires).square()
+    counts = (scale / config.drift).square().sum(1)
+    offset = float(typical.coefficients.sum() ** 2 * (kappa.square() @ squared)) * config.column_offset**2
+    return ChipMoments(
+        mean.flatten(1)[:, : layer.in_features], variance.flatten(1)[:, : layer.in_features],
+        counts * typical.variance, counts * offset,
+    )  # fmt: skip
 
 
 class SampledChips:
@@ -26,9 +95,14 @@ class SampledChips:
     def __init__(self, model: nn.Module, seed: int = 0) -> None:
         self.seed = seed
         self.layers: list[tuple[OnChip, ChipMoments]] = []
-        for _, layer in backbone_layers(core_model(model)):
+        for name, layer in backbone_layers(core_model(model)):
             if layer.chip is not None:
                 chip: OnChip = layer.chip
+                if chip.reason is not None:
+                    logger.warning_once(
+                        f"cim: sampled chips run by the fast model, which is not valid for {name} ({chip.reason}): "
+                        "training does not see that. sample_chips=False trains on the chip that is attached"
+                    )
                 self.layers.append((chip, chip_moments(layer, chip.config)))
 
     def take(self, *names: object) -> None:
