@@ -255,7 +255,8 @@ def calibrate_to_chip(
     Args:
         model (`PreTrainedModel` or `PeftModel`): deflated and on a chip; A, R and B are changed in place.
         weights (`Mapping[str, torch.Tensor]`): W `(out, in)` of the original's layers, by name.
-        statistics (`Mapping[str, Statistics]`): of [`~hf_polarize.calibration.layer_statistics`].
+        statistics (`Mapping[str, Statistics]`): of [`~hf_polarize.calibration.layer_statistics`]; where they hold G,
+            output errors are weighed by it.
         codes (`bool`, defaults to `False`): choose codes by what each cell makes of them, with
             [`~hf_polarize.cim.programming.codes_for_cells`]. It takes a chip whose cells were measured one by one.
 

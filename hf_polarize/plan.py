@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from .backbone import backbone_layers, quantize_linear, weight_matrix
 from .checkpoint import PolarizeHfQuantizer
 from .configuration import PolarizeConfig, SurrogateConfig
-from .formats import BackboneLayer
+from .formats import NF4_BLOCK, BackboneLayer
 
 logger = logging.get_logger(__name__)
 
@@ -94,8 +94,8 @@ def make_plan(
     return Plan(source, layers, backbone, quantizer, chosen, surrogate_ranks(layers, chosen))
 
 
-def check_chip(config: PolarizeConfig, layers: Collection[str]) -> None:
-    """Raise if a chip can't take any of these layers of a backbone, as far as names and formats tell."""
+def check_chip(config: PolarizeConfig, layers: Mapping[str, nn.Module]) -> None:
+    """Raise if a chip can't take these layers of a model, as far as names, formats and shapes tell."""
     chip = config.cim
     if chip is None:
         return
@@ -103,6 +103,13 @@ def check_chip(config: PolarizeConfig, layers: Collection[str]) -> None:
         raise ValueError(f"cim: none of the {len(layers)} layers has a name that layers={chip.layers} finds")
     if config.backbone == "int8" and not chip.on_grid:
         raise ValueError(f'cim: mapping="{chip.mapping}" is of the 16 values of NF4; an INT8 backbone takes "grid"')
+    for name, module in layers.items():
+        inputs = weight_matrix(module).shape[1]
+        if chip.covers(name) and not chip.on_grid and inputs % NF4_BLOCK:
+            raise ValueError(
+                f'cim: mapping="{chip.mapping}" needs blocks of {NF4_BLOCK} weights that line up with rows; {name} '
+                f'has {inputs} inputs. Use the mapping "grid", or leave it off the chip with layers'
+            )
 
 
 def surrogate_copy(config: SurrogateConfig, **changes: Any) -> SurrogateConfig:
