@@ -38,16 +38,17 @@ ACTIVATION_STEPS = {"int8": 1 / 127, "nf4": 1 / 7.5}
 
 class Deflation:
     """
-    Run a backbone layer deflated by the surrogate beside it.
+    Run a backbone layer deflated by the surrogate beside it, as long as that is there and not disabled.
 
     Args:
         layer ([`~hf_polarize.formats.BackboneLayer`]): the backbone's.
-        a (`nn.Module`): the first factor of the surrogate, a linear layer with the weight A `(r, in)`.
+        surrogate ([`peft.tuners.lora.LoraLayer`]): beside it.
+        adapter (`str`): the surrogate's name there; its A is `(r, in)`.
         r (`torch.Tensor` of shape `(in, r)`): R, float32.
     """
 
-    def __init__(self, layer: BackboneLayer, a: nn.Module, r: torch.Tensor) -> None:
-        self.a, self.r = a, r
+    def __init__(self, layer: BackboneLayer, surrogate: Any, adapter: str, r: torch.Tensor) -> None:
+        self.surrogate, self.adapter, self.r = surrogate, adapter, r
         self.refresh(layer)
 
     def refresh(self, layer: BackboneLayer) -> None:
@@ -58,7 +59,7 @@ class Deflation:
 
     def rest(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return x - R z in the dtype of x, and z, float32."""
-        weight: torch.Tensor = self.a.weight  # type: ignore[assignment]
+        weight: torch.Tensor = self.surrogate.lora_A[self.adapter].weight
         if self.r.device != x.device:
             self.r, self.qr = self.r.to(x.device), self.qr.to(x.device)
         with torch.autocast(x.device.type, enabled=False):
@@ -66,6 +67,8 @@ class Deflation:
             return (x.float() - z @ self.r.T).to(x.dtype), z
 
     def __call__(self, layer: BackboneLayer, x: torch.Tensor) -> torch.Tensor:
+        if self.surrogate.disable_adapters or self.adapter not in self.surrogate.lora_A:
+            return layer.executed(x)
         rest, z = self.rest(x)
         with torch.autocast(x.device.type, enabled=False):
             back = z @ self.qr.T
@@ -89,7 +92,7 @@ def attach_deflation(core: nn.Module, removed: Mapping[str, torch.Tensor]) -> No
         if layer is None or layer.lora_A[adapter].weight.shape != r.T.shape:
             raise ValueError(f"no surrogate of rank {r.shape[1]} stands beside {name}: it can't run deflated")
         base: BackboneLayer = layer.get_base_layer()  # type: ignore[assignment]
-        base.deflation = Deflation(base, layer.lora_A[adapter], r)
+        base.deflation = Deflation(base, layer, adapter, r)
     chip = next((layer.chip.config for _, layer in backbone_layers(core) if layer.chip is not None), None)
     if removed and chip is not None and chip != chip.quietly():
         attach_cim(core, chip)  # written as a deflated layer is

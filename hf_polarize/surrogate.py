@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from .backbone import backbone_layers, plain_layer
 from .configuration import SURROGATE_LAYERS, SurrogateConfig
-from .formats import BackboneLinear4bit, BackboneLinear8bit
+from .formats import BackboneLayer, BackboneLinear4bit, BackboneLinear8bit
 
 logger = logging.get_logger(__name__)
 
@@ -140,7 +140,9 @@ class SurrogateLayer:
             raise ValueError(
                 f"unloading all adapters would take the surrogates with it; delete your own: delete_adapter({stacked})"
             )
-        return self.get_base_layer()  # type: ignore[attr-defined, no-any-return]
+        base: BackboneLayer = self.get_base_layer()  # type: ignore[attr-defined]
+        base.deflation = None
+        return base
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(
@@ -267,15 +269,14 @@ def attach_surrogates(
 def backbone_only(model: nn.Module) -> Iterator[nn.Module]:
     """Run the bare backbone inside this context: no surrogate, nothing deflated and no adapter on top of it."""
     layers = [layer for _, layer, _ in surrogates(model)]
-    bases: list[Any] = [layer.get_base_layer() for layer in layers]
-    before = [(layer._disable_adapters, base.deflation) for layer, base in zip(layers, bases, strict=True)]
-    for layer, base in zip(layers, bases, strict=True):
-        layer._disable_adapters, base.deflation = True, None
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
     try:
         yield model
     finally:
-        for layer, base, (flag, deflation) in zip(layers, bases, before, strict=True):
-            layer._disable_adapters, base.deflation = flag, deflation
+        for layer, flag in zip(layers, before, strict=True):
+            layer._disable_adapters = flag
 
 
 def merge_surrogates(model: nn.Module) -> PreTrainedModel:

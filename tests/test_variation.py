@@ -1,0 +1,78 @@
+"""Chips that nobody made, against those that are made."""
+
+import pytest
+import torch
+from conftest import output, tiny_inputs, tiny_model
+
+from hf_polarize import CIMConfig, ClosedForm, PolarizeConfig, SurrogateConfig, attach_cim, polarize
+from hf_polarize.backbone import quantize_linear
+from hf_polarize.cim.chip import generator_for
+from hf_polarize.cim.hook import OnChip, reset_reads
+from hf_polarize.cim.variation import SampledChips, chip_moments
+
+
+@pytest.mark.parametrize("encoding", ["sign_magnitude", "twos_complement"])
+@pytest.mark.parametrize(
+    "defects",
+    [
+        {"mismatch": 0.1, "ir_drop": 0.2},
+        {"mismatch": 0.05, "stuck_at_zero": 0.05, "stuck_at_one": 0.1},
+        {"mismatch": 0.05, "column_gain": 0.02, "column_offset": 0.5},
+        {"mismatch": 0.0, "drift_exponent": 0.05, "drift_spread": 0.02, "drift_time": 1e5},
+    ],
+)
+def test_weights_over_chips_have_the_moments_that_are_computed(encoding, defects):
+    """What the closed form goes by, against 300 chips that are made, and 300 that are sampled for training."""
+    linear = torch.nn.Linear(64, 32, bias=False)
+    linear.weight = torch.nn.Parameter(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)))
+    config = CIMConfig(encoding=encoding, read_noise=0.0, adc_bits=None, **defects)
+    layer = quantize_linear(linear, PolarizeConfig(cim=config))
+    moments = chip_moments(layer, config)
+    made, sampled = [], []
+    for seed in range(300):
+        chip = OnChip(layer, "layer", config.replace(chip_seed=seed))
+        made.append(chip.fast)
+        chip.vary(moments, generator_for(seed, "sampled"))
+        sampled.append(chip.varied)
+    for chips in (made, sampled):
+        found, offset = (torch.stack([getattr(c, part).float() for c in chips]) for part in ("weight", "offset"))
+        varies = moments.variance > 0  # a differential cell that holds 0 has no mismatch
+        off = ((found.mean(0) - moments.mean) / (moments.variance / 300).sqrt())[varies]
+        assert float(off.square().mean()) == pytest.approx(1, abs=5 * (2 / len(off)) ** 0.5)  # chi-squared
+        assert float(found.var(0).sum() / moments.variance.sum()) == pytest.approx(1, abs=0.05)
+        assert float(offset.var(0).sum()) == pytest.approx(float(moments.offset.sum()), rel=0.1)
+
+
+@pytest.mark.parametrize("preset", ["noisy", "nvm", "sram-28nm", "sram-16nm"])
+def test_the_noise_of_readings_is_that_of_the_exact_model(preset):
+    """Good cells under an ADC that tells counts apart are hardly ever misread: no rounding is counted for them."""
+    config = CIMConfig.preset(preset)
+    linear = torch.nn.Linear(512, 64, bias=False)
+    linear.weight = torch.nn.Parameter(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)))
+    layer = quantize_linear(linear, PolarizeConfig(cim=config))
+    fitted = OnChip(layer, "layer", config).fast.std.square().mean()
+    assert 0.4 < float(chip_moments(layer, config).reading.mean() / fitted) < 2.5  # of SRAM a few misread counts
+    coarse = config.replace(adc_bits=5)
+    assert chip_moments(layer, coarse).reading.mean() > 4 * chip_moments(layer, config).reading.mean()
+
+
+def test_a_sampled_chip_is_the_same_under_the_same_names():
+    model = tiny_model("llama-untied")
+    polarize(model, [tiny_inputs(model)], PolarizeConfig("nf4"), SurrogateConfig(r=4), ClosedForm(alternations=0))
+    attach_cim(model, CIMConfig.preset("noisy"))
+    sampled = SampledChips(model)
+
+    def on(*names):
+        reset_reads(model)
+        sampled.take(*names)
+        found = output(model, tiny_inputs(model))
+        sampled.restore()
+        return found
+
+    reset_reads(model)
+    own = output(model, tiny_inputs(model))
+    first = on("training", 1)
+    assert torch.equal(first, on("training", 1))
+    assert not any(torch.equal(first, other) for other in (own, on("training", 2), on("evaluation", 1)))
+    reset_reads(model)
+    assert torch.equal(own, output(model, tiny_inputs(model)))
