@@ -60,6 +60,10 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
     assert (folder / "loss_against_mismatch.png").stat().st_size > 5000
     assert "| mismatch=0.3 | deflated | 2 |" in (folder / "sweep.md").read_text()
 
+    trained = folder / "trained"
+    assert len(list(trained.iterdir())) == 4  # rank 4 is the recipe's own
+    written = {file: file.stat().st_mtime_ns for file in trained.rglob("*.safetensors")}
+
     kept = record["results"][:15]
     (folder / "sweep.json").write_text(json.dumps({**record, "results": kept}))
     assert main(["cim", "sweep", recipe]) == 0
@@ -67,6 +71,8 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
     assert again[:15] == kept
     for before, after in zip(record["results"], again, strict=True):
         assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)  # the same chips
+
+    assert {file: file.stat().st_mtime_ns for file in trained.rglob("*.safetensors")} == written
 
     for name in ("sweep.md", "loss_against_r.png"):
         (folder / name).unlink()

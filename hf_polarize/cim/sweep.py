@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import csv
+import hashlib
 import itertools
+import json
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +21,7 @@ from transformers.utils import logging
 
 from ..backbone import weight_matrix
 from ..calibration import Statistics, layer_statistics
-from ..checkpoint import prepare_folder, write_json
+from ..checkpoint import prepare_folder, save_polarized, write_json
 from ..configuration import SurrogateConfig
 from ..deflation import calibrate_to_chip
 from ..distillation import teacher_dataset
@@ -34,6 +37,8 @@ from .configuration import CIMConfig
 from .hook import attach_cim
 
 BACKBONE, CLOSED, DEFLATED, TRAINED, PER_CHIP, WRITTEN = SWEPT
+TRAINED_MODELS = "trained"
+"""Folder of checkpoints, each named after its chip and rank."""
 
 
 def settings(recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -75,8 +80,8 @@ def sweep_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     """
     Measure every method on every chip of every setting; leave tables and plots in the recipe's folder.
 
-    `sweep.json` is written after each chip, tables and plots after each method: an interruption loses one chip, or the
-    training that it fell into, and the same command goes on from there.
+    `sweep.json` is written after each chip, tables and plots after each method, and what was trained is kept as a
+    checkpoint: the same command goes on where it was interrupted.
 
     Args:
         recipe ([`~hf_polarize.recipe.Recipe`]): with `cim`.
@@ -112,13 +117,16 @@ def sweep_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     recipe = replace(recipe, train=(recipe.train or ["surrogate"]) if trained else None, replay=0)
     batches, held_back = recipe_batches(recipe, model, calibration, processor)
     evaluator = Evaluator(model, recipe, evaluation, processor)
-    record["original"], record["protocol"] = asdict(evaluator.original), evaluator.protocol
     folder.mkdir(parents=True, exist_ok=True)
+    if "original" not in record:  # begins anew
+        shutil.rmtree(folder / TRAINED_MODELS, ignore_errors=True)
+    record["original"], record["protocol"] = asdict(evaluator.original), evaluator.protocol
+    write_json(path, record)
     with (
         tempfile.TemporaryDirectory(prefix="hf-polarize-") as scratch,
         logging.tqdm(total=sum(len(seeds) for *_, seeds in tasks), desc="sweeping", unit="chip") as bar,
     ):
-        means = _Means(recipe, model, batches, held_back, scratch)
+        means = _Means(recipe, model, batches, held_back, processor, scratch)
         for label, method, seeds in tasks:
             setting, chip, rank = wanted[label]
 
@@ -151,6 +159,7 @@ class _Means:
     model: PreTrainedModel
     batches: list[Batch]
     held_back: list[Batch]
+    processor: Any
     scratch: str
 
     @cached_property
@@ -184,6 +193,18 @@ class _Means:
         copied.layer_losses = outcome.losses
         return copied
 
+    def trained(self, chip: CIMConfig, rank: int) -> PreTrainedModel:
+        """The deflated model, trained on sampled chips and kept in the folder of the sweep."""
+        text = json.dumps({"r": rank, **chip.to_dict()}, sort_keys=True)
+        folder = Path(self.recipe.output_dir) / TRAINED_MODELS / hashlib.sha256(text.encode()).hexdigest()[:12]
+        if not folder.is_dir():
+            model = copy.deepcopy(self.polarized(chip, rank, True))
+            other = chip.replace(chip_seed=_seeds(self.recipe).stop)  # none that it is measured on
+            attach_cim(model, other, self.calibration)
+            train(self.recipe, model, *self.lessons, self.scratch)
+            save_polarized(model, folder, self.processor)
+        return load_model(replace(self.recipe, model=str(folder)))[0]
+
     @cached_property
     def lessons(self) -> tuple[Any, Any]:
         """What the original says, to train on and to stop by."""
@@ -202,13 +223,13 @@ def _measure_chips(means: _Means, method: str, chip: CIMConfig, rank: int, seeds
             with rounded_backbone(model, plan, batches):
                 measure(model, seed)
         return
-    copied = copy.deepcopy(means.polarized(chip, rank, method != CLOSED))
+    if method == TRAINED:
+        copied = means.trained(chip, rank)
+    else:
+        copied = copy.deepcopy(means.polarized(chip, rank, method != CLOSED))
     weights = {}
     if method in (PER_CHIP, WRITTEN):
         weights = {name: weight_matrix(module).detach() for name, module in plan.layers.items()}
-    if method == TRAINED:
-        attach_cim(copied, chip.replace(chip_seed=_seeds(recipe).stop), batches)  # none that it is measured on
-        train(recipe, copied, *means.lessons, means.scratch)
     for seed in seeds:
         one = copy.deepcopy(copied) if method == WRITTEN else copied  # else its codes would be those of the last chip
         attach_cim(one, chip.replace(chip_seed=seed), batches)
