@@ -20,6 +20,7 @@ from transformers.utils import logging
 from .backbone import backbone_layers
 from .calibration import Statistics
 from .cim.configuration import CIMConfig
+from .cim.fast import FastArray
 from .cim.hook import OnChip, attach_cim
 from .cim.programming import codes_for_cells
 from .cim.variation import chip_moments
@@ -38,7 +39,7 @@ ACTIVATION_STEPS = {"int8": 1 / 127, "nf4": 1 / 7.5}
 
 class Deflation:
     """
-    Run a backbone layer deflated by the surrogate beside it, as long as that is there and not disabled.
+    Run a backbone layer deflated by the surrogate beside it, unless that is disabled.
 
     Args:
         layer ([`~hf_polarize.formats.BackboneLayer`]): the backbone's.
@@ -57,6 +58,11 @@ class Deflation:
         self.r = self.r.to(weight).contiguous()  # strides change the last bits of a product on some CPUs
         self.qr = weight @ self.r
 
+    @property
+    def active(self) -> bool:
+        """Whether the surrogate computes z."""
+        return not self.surrogate.disable_adapters
+
     def rest(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return x - R z in the dtype of x, and z, float32."""
         weight: torch.Tensor = self.surrogate.lora_A[self.adapter].weight
@@ -67,7 +73,7 @@ class Deflation:
             return (x.float() - z @ self.r.T).to(x.dtype), z
 
     def __call__(self, layer: BackboneLayer, x: torch.Tensor) -> torch.Tensor:
-        if self.surrogate.disable_adapters or self.adapter not in self.surrogate.lora_A:
+        if not self.active:
             return layer.executed(x)
         rest, z = self.rest(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -130,6 +136,12 @@ def deflating_path(metric: torch.Tensor, covariance: torch.Tensor, rank: int) ->
     return a * balance[:, None], r / balance, s
 
 
+def per_integer(chip: CIMConfig) -> float:
+    """Return the mean square of a token's scale, of an input of 1, per mean square of its inputs."""
+    largest: int = 2 ** (chip.input_bits - 1) - 1
+    return (CREST / largest) ** 2
+
+
 @dataclass(frozen=True)
 class Execution:
     """
@@ -143,12 +155,14 @@ class Execution:
         weight (`torch.Tensor` of shape `(out, in)`): on average, float64: the values of the format on the grid of the
             array, with stuck cells and IR drop.
         variance (`torch.Tensor` of shape `(out, in)`): of each weight over chips, float64.
-        random (`torch.Tensor` of shape `(out,)`): variance of each output per mean square of the inputs, float64.
+        random, offset (`torch.Tensor` of shape `(out,)`): variance of each output per mean square of the inputs, of
+            readings and rounding, and of the offsets of columns, float64.
     """
 
     weight: torch.Tensor
     variance: torch.Tensor
     random: torch.Tensor
+    offset: torch.Tensor
 
     @classmethod
     def of(cls, layer: BackboneLayer, config: PolarizeConfig) -> Execution:
@@ -157,12 +171,12 @@ class Execution:
         rounding = weight.square().sum(1) / 12
         if config.cim is None:
             step = ACTIVATION_STEPS[config.activations or "int8"]
-            return cls(weight, torch.zeros_like(weight), rounding * (CREST * step) ** 2)
+            return cls(weight, torch.zeros_like(weight), rounding * (CREST * step) ** 2, torch.zeros_like(rounding))
         chip = config.cim.quietly()
         moments = chip_moments(layer, chip)
-        largest = 2 ** (chip.input_bits - 1) - 1
-        shared = (moments.reading.double() + moments.offset.double() + rounding) * (CREST / largest) ** 2
-        return cls(moments.mean.double(), moments.variance.double(), shared)
+        random, offset = moments.reading.double() + rounding, moments.offset.double()
+        scale = per_integer(chip)
+        return cls(moments.mean.double(), moments.variance.double(), random * scale, offset * scale)
 
     def metric(self, weight: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor:
         """
@@ -177,7 +191,7 @@ class Execution:
         error = weight - self.weight
         importance = torch.ones_like(error[:, 0]) if g is None else g.diagonal()
         m = error.T @ (error if g is None else g @ error)
-        noise = importance @ self.variance + importance @ self.random / error.shape[1]
+        noise = importance @ self.variance + importance @ (self.random + self.offset) / error.shape[1]
         return m + torch.diag(noise + 1e-6 * (m.diagonal().mean() + noise.mean()))
 
 
@@ -252,8 +266,8 @@ def calibrate_to_chip(
     Solve the surrogates of a deflated model anew for the one chip that it is attached to.
 
     The static error of that chip, measured, takes the place of its variance over chips: E = W - W_chip, c of readings
-    alone. The backbone stays as it is, unless its codes are chosen anew as well. Those are right on that chip only:
-    elsewhere, and off any chip, the model is the worse for them.
+    and of the offsets of its columns. The backbone stays as it is, unless its codes are chosen anew as well. Those are
+    right on that chip only: elsewhere, and off any chip, the model is the worse for them.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): deflated and on a chip; A, R and B are changed in place.
@@ -297,7 +311,9 @@ def _path_on_chip(
     """Return A and R for the error of the chip that a layer is on."""
     g = None if known.g is None else damped(known.g, OUTPUT_DAMPING)
     any_chip = Execution.of(layer, config)
-    this = replace(any_chip, weight=layer.chip.fast.weight.double(), variance=torch.zeros_like(weight))
+    fast: FastArray = layer.chip.fast
+    offset = (fast.offset - fast.bias).double().square() * per_integer(layer.chip.config)
+    this = replace(any_chip, weight=fast.weight.double(), variance=torch.zeros_like(weight), offset=offset)
     a, r, _ = deflating_path(this.metric(weight, g), damped(known.h), rank)
     return a, r
 

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 from .backbone import backbone_layers, quantize_linear, weight_matrix
 from .checkpoint import PolarizeHfQuantizer
 from .configuration import PolarizeConfig, SurrogateConfig
-from .formats import NF4_BLOCK, BackboneLayer
+from .formats import BackboneLayer
 
 logger = logging.get_logger(__name__)
 
@@ -105,10 +105,10 @@ def check_chip(config: PolarizeConfig, layers: Mapping[str, nn.Module]) -> None:
         raise ValueError(f'cim: mapping="{chip.mapping}" is of the 16 values of NF4; an INT8 backbone takes "grid"')
     for name, module in layers.items():
         inputs = weight_matrix(module).shape[1]
-        if chip.covers(name) and not chip.on_grid and inputs % NF4_BLOCK:
+        if chip.covers(name) and not chip.on_grid and inputs % chip.rows:
             raise ValueError(
-                f'cim: mapping="{chip.mapping}" needs blocks of {NF4_BLOCK} weights that line up with rows; {name} '
-                f'has {inputs} inputs. Use the mapping "grid", or leave it off the chip with layers'
+                f'cim: mapping="{chip.mapping}" needs groups of rows inside blocks of 64 weights; the {inputs} inputs '
+                f'of {name} are no multiple of rows={chip.rows}. Use mapping="grid", or leave it off the chip'
             )
 
 

@@ -247,6 +247,11 @@ class Recipe:
         """What the calibration data is called in reports, without folders."""
         return " + ".join(name.rpartition("/")[2] for name in self.sources)
 
+    def decisive(self) -> dict[str, Any]:
+        """Return the keys that what is measured depends on, and not only how much of it, or where it is written."""
+        free = ("overwrite", "output_dir", "compare_", "sweep", "energy_")
+        return {key: value for key, value in dataclasses.asdict(self).items() if not key.startswith(free)}
+
     def polarize_config(self) -> PolarizeConfig:
         return PolarizeConfig(
             backbone=self.backbone,
@@ -354,8 +359,7 @@ def resumed(path: Path, recipe: Recipe) -> dict[str, Any]:
     if path.is_file():
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         then = {**dataclasses.asdict(Recipe(model=recipe.model)), **record["recipe"]}  # keys that came since
-        free = ("overwrite", "output_dir", "compare_", "sweep", "energy_")
-        changed = [key for key in now if not key.startswith(free) and then[key] != now[key]]
+        changed = [key for key, value in recipe.decisive().items() if then[key] != value]
         if not changed:
             return record
         if not recipe.overwrite:

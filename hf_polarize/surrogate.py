@@ -96,7 +96,9 @@ class SurrogateLayer:
             self._user_adapters_off = stacked
 
     def delete_adapter(self, adapter_name: str) -> None:
-        self._surrogates = [name for name in self._surrogates if name != adapter_name]
+        if adapter_name in self._surrogates:
+            self._surrogates.remove(adapter_name)
+            self.get_base_layer().deflation = None  # type: ignore[attr-defined]
         super().delete_adapter(adapter_name)  # type: ignore[misc]
 
     def _mixed_batch_forward(

@@ -218,7 +218,7 @@ def test_ranges_are_of_what_the_array_gets(tmp_path):
 
     layer = model.model.layers[0].self_attn.q_proj.get_base_layer()
     deflation, seen = layer.deflation, []
-    layer.deflation = SimpleNamespace(rest=lambda x: (seen.append(x), (torch.zeros_like(x), None))[1])
+    layer.deflation = SimpleNamespace(active=True, rest=lambda x: (seen.append(x), (torch.zeros_like(x), None))[1])
     attach_cim(model, measured, data=[tiny_inputs(model)])
     layer.deflation = deflation
     ranges = model.config.quantization_config.cim.ranges

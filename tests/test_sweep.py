@@ -79,6 +79,11 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
     assert main(["cim", "sweep", recipe, "sweep_methods=[backbone alone, deflated]"]) == 0
     assert "loss_against_r.png" in (folder / "sweep.md").read_text() and (folder / "loss_against_r.png").is_file()
 
+    few = ["sweep_methods=[backbone alone]", f"output_dir={tmp_path / 'few'}", "sweep=[]"]
+    assert main(["cim", "sweep", recipe, *few]) == 0
+    assert main(["cim", "sweep", recipe, *few, 'sweep_methods=[deflated, "deflated, trained"]']) == 1
+    assert 'was begun without "deflated, trained"' in capsys.readouterr().err
+
     assert main(["cim", "sweep", recipe, "cim=nvm"]) == 1
     assert "is of a recipe with other cim" in capsys.readouterr().err
 

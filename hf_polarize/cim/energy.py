@@ -165,7 +165,7 @@ def layer_energy(layer: LayerShape, chip: CIMConfig, energy: EnergyConfig, code:
     scale = energy.node / 28
     bits = adc_bits(chip)
     adc = (ADC_LINEAR.value * bits + ADC_EXPONENTIAL.value * 4**bits) * chip.v_dd**2 * scale
-    hold_one = round(float((code.cells != 0).double().mean()), 2)
+    hold_one = float((code.cells != 0).double().mean())
     cell = ACTIVITY.value * hold_one * chip.cell_capacitance * chip.v_dd**2
     bill["array"] = pairs * layer.macs * cell * 1e-3
     bill["ADC"] = readings * adc * 1e-3
@@ -248,9 +248,10 @@ def bill_of(shapes: list[LayerShape], attention: int, chip: CIMConfig, energy: E
     """
     from bitsandbytes.functional import get_4bit_type
 
-    mapped = chip if nf4 else chip.replace(mapping=None)
-    code = weight_code(mapped, get_4bit_type("nf4", device="cpu"))
-    layers = {shape.name: layer_energy(shape, chip, energy, code) for shape in shapes}
+    levels = get_4bit_type("nf4", device="cpu")
+    mapped = chip if nf4 or chip.on_grid else chip.replace(mapping=None)
+    code, quiet = weight_code(mapped, levels), weight_code(mapped.quietly(), levels)
+    layers = {shape.name: layer_energy(shape, chip, energy, quiet if shape.deflated else code) for shape in shapes}
     macs = attention + sum(shape.macs for shape in shapes)
     if attention:
         mac = digital_mac(energy.digital, energy.node).value

@@ -72,6 +72,7 @@ class OnChip:
             moments ([`~hf_polarize.cim.variation.ChipMoments`]): of this layer.
             generator (`torch.Generator`): draws the chip; on the CPU.
         """
+        self._move(moments.mean.device)
 
         def draw(mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
             noise = torch.randn(mean.shape, generator=generator).to(mean.device)
@@ -112,6 +113,7 @@ class OnChip:
         if self.scale.device != device:
             self.scale = self.scale.to(device)
             self.fast = self.fast.to(device)
+            self.varied = None if self.varied is None else self.varied.to(device)
             self.planes = None if self.planes is None else [plane.to(device) for plane in self.planes]
 
 

@@ -49,7 +49,8 @@ def measured_ranges(
             if len(x):
                 seen[name] += len(x)
                 deflation = layers[name].deflation
-                found[name] += count_histogram(layers[name], x if deflation is None else deflation.rest(x)[0], config)
+                seen_by_array = deflation.rest(x)[0] if deflation is not None and deflation.active else x
+                found[name] += count_histogram(layers[name], seen_by_array, config)
 
         return layers[name].register_forward_pre_hook(hook)
 

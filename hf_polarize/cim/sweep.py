@@ -7,7 +7,6 @@ import csv
 import hashlib
 import itertools
 import json
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -37,8 +36,6 @@ from .configuration import CIMConfig
 from .hook import attach_cim
 
 BACKBONE, CLOSED, DEFLATED, TRAINED, PER_CHIP, WRITTEN = SWEPT
-TRAINED_MODELS = "trained"
-"""Folder of checkpoints, each named after its chip and rank."""
 
 
 def settings(recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -110,17 +107,18 @@ def sweep_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     if not any(seeds for *_, seeds in tasks):  # tables and plots are what is left to do
         write_sweep(folder, record, recipe, command)
         return record
+    trained = record.setdefault("trained", TRAINED in recipe.sweep_methods)
+    if TRAINED in recipe.sweep_methods and not trained:
+        raise ValueError(f'"{path}" was begun without "{TRAINED}", on less text: choose another output_dir')
     calibration, evaluation = [load_data(name) for name in recipe.sources], load_data(recipe.evaluation)
     model, processor = load_model(recipe)
     make_plan(model, recipe.polarize_config(), SurrogateConfig(r=max(rank for _, _, rank in wanted.values())))
-    trained = TRAINED in recipe.sweep_methods
     recipe = replace(recipe, train=(recipe.train or ["surrogate"]) if trained else None, replay=0)
     batches, held_back = recipe_batches(recipe, model, calibration, processor)
     evaluator = Evaluator(model, recipe, evaluation, processor)
     folder.mkdir(parents=True, exist_ok=True)
-    if "original" not in record:  # begins anew
-        shutil.rmtree(folder / TRAINED_MODELS, ignore_errors=True)
     record["original"], record["protocol"] = asdict(evaluator.original), evaluator.protocol
+    record["model"] = recipe.source()[2].rpartition("/")[2]
     write_json(path, record)
     with (
         tempfile.TemporaryDirectory(prefix="hf-polarize-") as scratch,
@@ -144,10 +142,11 @@ def sweep_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
             record["results"] += shared.values()
             write_json(path, record)
             bar.update(len(shared))
-            seeds = [seed for seed in seeds if seed not in shared]
+            left = [seed for seed in seeds if seed not in shared]
+            if left:
+                _measure_chips(means, method, chip, rank, left, measure)
             if seeds:
-                _measure_chips(means, method, chip, rank, seeds, measure)
-            write_sweep(folder, record, recipe, command)
+                write_sweep(folder, record, recipe, command)
     return record
 
 
@@ -184,7 +183,7 @@ class _Means:
     def polarized(self, chip: CIMConfig, rank: int, deflated: bool) -> PreTrainedModel:
         """The model in closed form, on no chip; what is chosen is chosen on a chip that none is measured on."""
         config = self.recipe.polarize_config()
-        config.cim = chip.replace(chip_seed=_seeds(self.recipe).stop)
+        config.cim = chip.replace(chip_seed=_other_seed(self.recipe))
         copied = copy.deepcopy(self.model)
         plan = make_plan(copied, config, replace(self.recipe, r=rank, rank_pattern=None).surrogate_config())
         closed_form = replace(self.recipe.closed_form(), deflated=deflated)
@@ -195,15 +194,15 @@ class _Means:
 
     def trained(self, chip: CIMConfig, rank: int) -> PreTrainedModel:
         """The deflated model, trained on sampled chips and kept in the folder of the sweep."""
-        text = json.dumps({"r": rank, **chip.to_dict()}, sort_keys=True)
-        folder = Path(self.recipe.output_dir) / TRAINED_MODELS / hashlib.sha256(text.encode()).hexdigest()[:12]
+        text = json.dumps([self.recipe.decisive(), chip.to_dict(), rank], sort_keys=True)
+        folder = Path(self.recipe.output_dir) / "trained" / hashlib.sha256(text.encode()).hexdigest()[:12]
         if not folder.is_dir():
             model = copy.deepcopy(self.polarized(chip, rank, True))
-            other = chip.replace(chip_seed=_seeds(self.recipe).stop)  # none that it is measured on
-            attach_cim(model, other, self.calibration)
+            attach_cim(model, chip.replace(chip_seed=_other_seed(self.recipe)), self.calibration)
             train(self.recipe, model, *self.lessons, self.scratch)
-            save_polarized(model, folder, self.processor)
-        return load_model(replace(self.recipe, model=str(folder)))[0]
+            whole = save_polarized(model, folder.with_suffix(".new"), self.processor, overwrite=True)
+            whole.rename(folder)
+        return load_model(replace(self.recipe, model=str(folder), gguf_file=None))[0]
 
     @cached_property
     def lessons(self) -> tuple[Any, Any]:
@@ -242,6 +241,11 @@ def _seeds(recipe: Recipe) -> range:
     chip = recipe.chip()
     first = 0 if chip is None else chip.chip_seed
     return range(first, first + recipe.sweep_chips)
+
+
+def _other_seed(recipe: Recipe) -> int:
+    """Return the seed of a chip that no sweep from the same seed on measures."""
+    return _seeds(recipe).start ^ 2**31
 
 
 def _label(setting: dict[str, Any]) -> str:
@@ -307,8 +311,7 @@ def write_sweep(folder: Path, record: dict[str, Any], recipe: Recipe, command: s
     for grid in recipe.sweep:
         for name in _plots(folder, rows, list(grid), record["original"]["loss"]):
             pictures.append(f"![loss against {', '.join(grid)}]({name})")
-    name = recipe.source()[2].rpartition("/")[2]
-    text = f"""# {name} on chips
+    text = f"""# {record["model"]} on chips
 
 Original: loss {record["original"]["loss"]:.4f}. {record["protocol"]}
 

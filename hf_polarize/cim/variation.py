@@ -29,7 +29,7 @@ class ChipMoments:
 
     Attributes:
         mean, variance (`torch.Tensor` of shape `(out, in)`): of each weight over chips, float32. What the gain of a
-            column does to its weights alike is counted for each by itself, right for inputs of mean 0.
+            column does to its weights alike is counted for each by itself, right for uncorrelated inputs of mean 0.
         reading (`torch.Tensor` of shape `(out,)`): variance of an output for typical integer inputs from reading to
             reading: noise, and what the ADC rounds off.
         offset (`torch.Tensor` of shape `(out,)`): variance of an output over chips that the offsets of columns make,
@@ -95,15 +95,16 @@ class SampledChips:
     def __init__(self, model: nn.Module, seed: int = 0) -> None:
         self.seed = seed
         self.layers: list[tuple[OnChip, ChipMoments]] = []
-        for name, layer in backbone_layers(core_model(model)):
+        for _, layer in backbone_layers(core_model(model)):
             if layer.chip is not None:
-                chip: OnChip = layer.chip
-                if chip.reason is not None:
-                    logger.warning_once(
-                        f"cim: sampled chips run by the fast model, which is not valid for {name} ({chip.reason}): "
-                        "training does not see that. sample_chips=False trains on the chip that is attached"
-                    )
-                self.layers.append((chip, chip_moments(layer, chip.config)))
+                self.layers.append((layer.chip, chip_moments(layer, layer.chip.config)))
+        exact = [chip for chip, _ in self.layers if chip.reason is not None]
+        if exact:
+            logger.warning(
+                f"cim: sampled chips run by the fast model, which is not valid for {len(exact)} layers, among them "
+                f"{exact[0].name} ({exact[0].reason}): training does not see that. sample_chips=False trains on the "
+                "chip that is attached"
+            )
 
     def take(self, *names: object) -> None:
         """Take the chip of these names; the same names are the same chip."""
