@@ -104,9 +104,9 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
         return SimpleNamespace(total=(rank, deflated))
 
     points = accuracy_against_energy(record, load_recipe(recipe), bill)
-    assert [energy for energy, _ in points["backbone alone"]] == [(0, False)]
-    assert [energy for energy, _ in points["closed form"]] == [(2, False), (4, False)]
-    assert [energy for energy, _ in points["deflated, trained"]] == [(2, True), (4, True)]
+    assert [energy for _, energy, _ in points["backbone alone"]] == [(0, False)]
+    assert [energy for _, energy, _ in points["closed form"]] == [(2, False), (4, False)]
+    assert [energy for _, energy, _ in points["deflated, trained"]] == [(2, True), (4, True)]
     assert accuracy_against_energy(record, load_recipe(recipe, ["cim=nvm"]), bill) == {}
 
 

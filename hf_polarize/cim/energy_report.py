@@ -104,8 +104,8 @@ def _constants() -> list[dict[str, Any]]:
 
 def accuracy_against_energy(
     sweep: dict[str, Any], recipe: Recipe, at: Callable[[int, bool], Bill]
-) -> dict[str, list[tuple[float, float]]]:
-    """Return (energy per token, mean loss) of each method over the ranks that were swept, if it was for this model."""
+) -> dict[str, list[tuple[int, float, float]]]:
+    """Return (rank, energy per token, mean loss) of each method, by rank, if the sweep was of this model and chip."""
     now, then = asdict(recipe), sweep["recipe"]
     other = [key for key in ("model", "backbone", "cim", "modules_to_not_convert") if then.get(key) != now[key]]
     if other:
@@ -118,7 +118,7 @@ def accuracy_against_energy(
             points.setdefault(row["method"], {}).setdefault(rank, []).append(row["loss"])
     return {
         method: [
-            (at(rank, method.startswith(DEFLATED)).total, sum(losses) / len(losses))
+            (rank, at(rank, method.startswith(DEFLATED)).total, sum(losses) / len(losses))
             for rank, losses in sorted(by_rank.items())
         ]
         for method, by_rank in points.items()
@@ -144,13 +144,15 @@ def _plot_nodes(at_node: dict[int, Bill], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _plot_pareto(points: dict[str, list[tuple[float, float]]], path: Path) -> None:
+def _plot_pareto(points: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.8), layout="constrained")
     axis = figure.subplots()
     for method, line in points.items():
-        axis.plot([x * 1e-6 for x, _ in line], [y for _, y in line], "o-", label=method, markersize=4)
+        axis.plot([x * 1e-6 for _, x, _ in line], [y for *_, y in line], "o-", label=method, markersize=4)
+        for rank, x, y in line:
+            axis.annotate(f"r={rank}", (x * 1e-6, y), xytext=(3, 4), textcoords="offset points", fontsize=8)
     axis.set_xlabel("µJ per token")
     axis.set_ylabel("loss, nats per token")
     axis.grid(alpha=0.3)
