@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numba
 import numpy as np
@@ -17,6 +18,8 @@ CHUNK = 2**19
 """Readings at a time: they stay in the cache of a core."""
 INTEGERS_ARE_FAST = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
 """Products of int8 are up to 20 times slower than those of float32 where a CPU has no instructions for them."""
+TABLE = 2**22
+"""Normal numbers that the noise of readings is cut from."""
 
 
 @dataclass(frozen=True)
@@ -61,30 +64,64 @@ class Converter:
         return codes.clamp_(self.low, self.high).add_(0.5 if self.mid_rise else 0.0).mul_(self.step)
 
 
+@lru_cache(maxsize=2)
+def normal_table(device: torch.device) -> torch.Tensor:
+    """Return [`TABLE`] normal numbers, float32, the same on every device."""
+    return torch.randn(TABLE, generator=torch.Generator().manual_seed(0)).to(device)
+
+
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
-def _read_and_add(high, low, unit, gain, offset, noise, weights, inverse, first, last, shift, total):  # type: ignore[no-untyped-def]
+def _read_and_add(  # type: ignore[no-untyped-def]
+    high, low, width, unit, gain, offset, table, places, noise, weights, inverse, first, last, shift, total
+):
     """
     Add up the readings of one plane of the weight, each with the weight of its plane of the input.
 
-    `high`, `low` (planes, tokens, out), int32 or float32: the two digits of the counts in `unit`s, `low` maybe empty.
-    `gain`, `offset` (out,). `noise` like `high`, or empty. `weights` (planes,), `total` (tokens, out) of one dtype.
-    `inverse` step, 0 without ADC. `first` and `last` code. `shift` of the codes by 0 or 1/2. All else is float32.
+    What is `None` costs nothing: numba compiles without it. All numbers without a dtype here are float32.
+
+    Args:
+        high (array of shape `(planes, tokens, out)`): int32 or float32, counts in `unit`s.
+        low (array like `high`, *optional*): int32; the counts are `256 * high + low`.
+        width (`int`, *optional*): bits of a count, where `high` has those of `24 // width` planes in each number.
+        unit (number): of a cell.
+        gain, offset (arrays of shape `(out,)`): of the columns.
+        table, places (arrays of shapes `(TABLE,)` and `(planes, tokens)`, *optional*): normal numbers, and where those
+            of a row of readings begin, int64.
+        noise (number): standard deviation of a reading.
+        weights (array of shape `(planes,)`): of the readings; of the dtype of `total`.
+        inverse (number, *optional*): of a step of the ADC.
+        first, last, shift (numbers): of its codes, of which each stands for `shift` more.
+        total (array of shape `(tokens, out)`): changed in place.
     """
-    for i in range(len(high)):
+    packed = 1 if width is None else 24 // width
+    if width is not None:
+        half, mask = np.int32(1 << width >> 1), np.int32((1 << width) - 1)
+        centre = np.int32(sum([half << (width * k) for k in range(packed)]))
+    for i in range(len(weights)):
         weight = weights[i]
         for t in range(high.shape[1]):
-            for j in range(high.shape[2]):
-                whole = high[i, t, j]
-                if low.size:
-                    whole = 256 * whole + low[i, t, j]
-                count = np.float32(whole) * unit * gain[j] + offset[j]
-                if noise.size:
-                    count += noise[i, t, j]
-                if inverse:
+            row, result = high[i // packed, t], total[t]
+            if low is not None:
+                low_row = low[i, t]
+            if places is not None:
+                numbers = table[places[i, t] : places[i, t] + len(row)]
+            if width is not None:
+                digit = np.int32(width * (i % packed))
+            for j in range(len(row)):
+                if width is not None:
+                    count = np.float32((((np.int32(row[j]) + centre) >> digit) & mask) - half)
+                elif low is not None:
+                    count = np.float32(256) * np.float32(row[j]) + np.float32(low_row[j])
+                else:
+                    count = np.float32(row[j])
+                count = count * unit * gain[j] + offset[j]
+                if places is not None:
+                    count += noise * numbers[j]
+                if inverse is not None:
                     count = np.floor(inverse * count) if shift else np.rint(inverse * count)
                     count = first if count < first else count
                     count = (last if count > last else count) + shift
-                total[t, j] += weight * count
+                result[j] += weight * count
 
 
 def exact_product(
@@ -99,7 +136,8 @@ def exact_product(
     Multiply integer inputs with the cells of a layer, as the array does it.
 
     `y_tj = sum_g scale_jg sum_p s_p sum_i c_i ADC(gain * sum_k x_itk cells_pjk + offset + noise)`, with the planes i
-    of the inputs, p of the weights, and the groups g of rows k.
+    of the inputs, p of the weights, and the groups g of rows k. The noise of the readings of all columns at once is a
+    stretch of a table of normal numbers, from a place of its own for each i, p, g and t.
 
     Args:
         q (`torch.Tensor` of shape `(tokens, in)`): integers of [`~hf_polarize.cim.planes.quantized_inputs`].
@@ -126,82 +164,111 @@ def exact_product(
     for start in range(0, len(q), length):
         for g in range(groups):
             driven = bits[:, start : start + length, g].contiguous()
+            places = None
+            if noise is not None and config.reading_noise:
+                shape = (len(planes), *driven.shape[:2])
+                places = torch.randint(TABLE - out_features, shape, generator=noise, device=noise.device).to(q.device)
             total = torch.zeros(driven.shape[1], out_features, dtype=dtype, device=q.device)
-            for plane in planes:
-                disturbed = None
-                if noise is not None and config.reading_noise:
-                    shape = (*driven.shape[:2], out_features)
-                    disturbed = torch.randn(shape, generator=noise, device=noise.device).to(q.device)
-                    disturbed *= config.reading_noise
-                read(driven, plane, g, coefficients * plane.significance, converter, disturbed, total)
+            read(driven, planes, g, coefficients, converter, places, config.reading_noise, total)
             result[start : start + length] += total * scale[:, g].double()
     return result
 
 
 def _read(
     driven: torch.Tensor,
-    plane: Plane,
+    planes: Sequence[Plane],
     group: int,
-    weights: torch.Tensor,
+    coefficients: torch.Tensor,
     converter: Converter | None,
-    noise: torch.Tensor | None,
+    places: torch.Tensor | None,
+    noise: float,
     total: torch.Tensor,
 ) -> None:
     """
-    Read one plane of the weight for all planes of the input, and add the readings to the total.
+    Read the planes of the weight for all planes of the input, and add the readings to the total.
 
     Args:
-        driven (`torch.Tensor` of shape `(planes, tokens, rows)`): int8, of the input.
-        plane ([`~hf_polarize.cim.chip.Plane`]): of the weight.
+        driven (`torch.Tensor` of shape `(planes of inputs, tokens, rows)`): int8.
+        planes (`Sequence[Plane]`): of the weight.
         group (`int`): of rows.
-        weights (`torch.Tensor` of shape `(planes,)`): of the readings.
+        coefficients (`torch.Tensor` of shape `(planes of inputs,)`): their significances, float64.
         converter ([`Converter`], *optional*): the ADC.
-        noise (`torch.Tensor` of shape `(planes, tokens, out)`, *optional*): of the readings, in counts.
+        places (`torch.Tensor` of shape `(planes, planes of inputs, tokens)`, *optional*): int64, where in
+            [`normal_table`] the noise of a row of readings begins.
+        noise (`float`): standard deviation of a reading, in counts.
         total (`torch.Tensor` of shape `(tokens, out)`): float32 or float64; changed in place.
     """
-    # in digits of eight bits, which are exact in TF32 and bfloat16 as well
-    high, *low = (driven.float() @ digit[:, group].float().T for digit in plane.digits)
-    counts = (256 * high + low[0] if low else high) * plane.unit
-    if plane.gain is not None:
-        counts = counts * plane.gain[group]
-    if plane.offset is not None:
-        counts = counts + plane.offset[group]
-    if noise is not None:
-        counts = counts + noise
-    if converter is not None:
-        counts = converter(counts)
-    for weight, one in zip(weights.to(total.dtype), counts.to(total.dtype), strict=True):
-        total += weight * one
+    columns = torch.arange(total.shape[1], device=total.device)
+    for p, plane in enumerate(planes):
+        # in digits of eight bits, which are exact in TF32 and bfloat16 as well
+        high, *low = (driven.float() @ digit[:, group].float().T for digit in plane.digits)
+        counts = (256 * high + low[0] if low else high) * plane.unit
+        if plane.gain is not None:
+            counts = counts * plane.gain[group]
+        if plane.offset is not None:
+            counts = counts + plane.offset[group]
+        if places is not None:
+            counts = counts + noise * normal_table(total.device)[places[p, ..., None] + columns]
+        if converter is not None:
+            counts = converter(counts)
+        weights = (coefficients * plane.significance).to(total.dtype)
+        for weight, one in zip(weights, counts.to(total.dtype), strict=True):
+            total += weight * one
 
 
 def _read_on_cpu(
     driven: torch.Tensor,
-    plane: Plane,
+    planes: Sequence[Plane],
     group: int,
-    weights: torch.Tensor,
+    coefficients: torch.Tensor,
     converter: Converter | None,
-    noise: torch.Tensor | None,
+    places: torch.Tensor | None,
+    noise: float,
     total: torch.Tensor,
 ) -> None:
     """Do what [`_read`] does, with exact sums in whole units of a cell and one pass over the counts."""
-    planes, tokens, rows = driven.shape
-    lines = driven.reshape(-1, rows)
-    if INTEGERS_ARE_FAST:
-        sums = [torch._int_mm(lines, digit[:, group].T) for digit in plane.digits]
-    else:
-        sums = [lines.float() @ plane.cells[:, group].float().T]
-    digits = [one.view(planes, tokens, -1).numpy() for one in sums]
-    out_features = len(plane.cells)
-    none = np.empty((0, 0, 0))
-    gain = torch.ones(out_features) if plane.gain is None else plane.gain[group]
-    offset = torch.zeros(out_features) if plane.offset is None else plane.offset[group]
-    ends = (0.0, 0.0, 0.0, 0.0)
+    tokens, out_features = total.shape
+    lines, width = driven.flatten(0, 1), None
+    if not INTEGERS_ARE_FAST:
+        if all(plane.unit == 1 for plane in planes):
+            driven, width = _packed(driven)
+        lines = driven.flatten(0, 1).float()
+    inverse, ends = None, (0.0, 0.0, 0.0)
     step = 1.0
     if converter is not None:
         step = converter.step
-        ends = (1 / step, converter.low, converter.high, 0.5 if converter.mid_rise else 0.0)
-    _read_and_add(
-        digits[0], digits[1] if len(digits) > 1 else none.astype(np.int32), np.float32(plane.unit), gain.numpy(),
-        offset.numpy(), none.astype(np.float32) if noise is None else noise.numpy(),
-        (weights * step).to(total.dtype).numpy(), *map(np.float32, ends), total.numpy(),
-    )  # fmt: skip
+        inverse, ends = np.float32(1 / step), (converter.low, converter.high, 0.5 if converter.mid_rise else 0.0)
+    ones, zeros = np.ones(out_features, np.float32), np.zeros(out_features, np.float32)
+    table = normal_table(total.device).numpy()
+    kind, several = (torch.int32, len(planes[0].digits)) if INTEGERS_ARE_FAST else (torch.float32, 1)
+    counts = [torch.empty(len(lines), out_features, dtype=kind) for _ in range(several)]
+    digits = [None if one is None else one.view(-1, tokens, out_features).numpy() for one in (*counts, None)[:2]]
+    for p, plane in enumerate(planes):
+        if INTEGERS_ARE_FAST:
+            for digit, result in zip(plane.digits, counts, strict=True):
+                torch._int_mm(lines, digit[:, group].T, out=result)
+        else:
+            torch.mm(lines, plane.cells[:, group].float().T, out=counts[0])
+        _read_and_add(
+            *digits, width, np.float32(plane.unit),
+            ones if plane.gain is None else plane.gain[group].numpy(),
+            zeros if plane.offset is None else plane.offset[group].numpy(),
+            table, None if places is None else places[p].numpy(), np.float32(noise),
+            (coefficients * (plane.significance * step)).to(total.dtype).numpy(), inverse, *map(np.float32, ends),
+            total.numpy(),
+        )  # fmt: skip
+
+
+def _packed(driven: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """
+    Put several planes of inputs `(planes, tokens, rows)` into each number: one product with whole cells for all.
+
+    A count is within `±rows` and takes a digit of so many bits; float32 has 24.
+
+    Returns:
+        The numbers, `(-(-planes // (24 // width)), tokens, rows)`, float32, and the width of a digit in bits.
+    """
+    width = (2 * driven.shape[-1]).bit_length()
+    several = 24 // width
+    parts = driven.float().split(several)
+    return torch.stack([sum(part[k] * 2.0 ** (width * k) for k in range(len(part))) for part in parts]), width  # type: ignore[misc]

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 import torch
 
-from .array import Converter, exact_product
+from .array import TABLE, Converter, exact_product, normal_table
 from .chip import Plane, nominal_factor
 from .configuration import CIMConfig
 from .moments import ReadMoments, read_moments
@@ -29,8 +29,8 @@ LANE = 255
 """Largest count of eight bits."""
 PAIRS = 16384
 """Random pairs of readings that say how far copies of a plane err together."""
-TABLE, PIECE = 2**22, 2**18
-"""Normal numbers that the noise is cut from, and the largest piece."""
+PIECE = 2**18
+"""The longest stretch of the table of normal numbers that noise is cut from."""
 
 
 def _some_numbers(rows: int) -> list[int]:
@@ -218,18 +218,13 @@ def _count_rows(q, bits, rows, driven):  # type: ignore[no-untyped-def]
                 first = end
 
 
-@lru_cache(maxsize=2)
-def _normal_table(device: torch.device) -> torch.Tensor:
-    return torch.randn(TABLE, generator=torch.Generator().manual_seed(0)).to(device)
-
-
 def normal_like(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """
     Return normal numbers of the shape of `y`, pieces of a table from places that the generator draws.
 
     A hundred times cheaper than new ones.
     """
-    table = _normal_table(y.device)
+    table = normal_table(y.device)
     lengths = [PIECE] * (y.numel() // PIECE) + [y.numel() % PIECE]
     starts = torch.randint(TABLE - PIECE, (len(lengths),), generator=generator).tolist()
     pieces = [table[start : start + length] for start, length in zip(starts, lengths, strict=True)]
