@@ -1,4 +1,4 @@
-"""hf-polarize: run a recipe, compare methods, bill a chip, look into a checkpoint, upload it."""
+"""hf-polarize: run a recipe, compare methods, bill a chip, time it, look into a checkpoint, upload it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ def build_parser() -> argparse.ArgumentParser:
         description="Polarize a model as a recipe says. Defaults < recipe < key=value.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    run.add_argument("recipe", help="YAML file")
-    run.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file")
 
     compare = commands.add_parser(
         "compare",
@@ -34,16 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measure LoRC, LoftQ, LQER, QERA and ours on the model of a recipe. It goes on where it was "
         "interrupted. Keys are those of run.",
     )
-    compare.add_argument("recipe", help="YAML file")
-    compare.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file")
 
     energy = commands.add_parser(
         "energy",
         help="add up the energy of a model on a chip",
         description="Itemise the energy per token of a recipe's model on its chip (key cim). Keys are those of run.",
     )
-    energy.add_argument("recipe", help="YAML file")
-    energy.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file")
 
     cim = commands.add_parser("cim", help="experiments on simulated chips")
     experiments = cim.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
@@ -53,8 +47,17 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measure a recipe's model (key cim) on chips, over the grids of the key sweep. It goes on where "
         "it was interrupted. Keys are those of run.",
     )
-    sweep.add_argument("recipe", help="YAML file")
-    sweep.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file")
+
+    bench = commands.add_parser(
+        "bench",
+        help="time a model, polarized and on a chip",
+        description="Time a recipe's model on one window of evaluation_window tokens: original, polarized, and on its "
+        "chip (key cim); and a layer on chips of all kinds. Keys are those of run.",
+    )
+
+    for command in (run, compare, energy, sweep, bench):
+        command.add_argument("recipe", help="YAML file")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="recipe keys that win over the file")
 
     info = commands.add_parser("info", help="tell what is in a checkpoint")
     info.add_argument("directory", help="folder of a polarized checkpoint")
@@ -78,7 +81,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run.epilog = f"recipe keys and their defaults:\n\n{describe_keys()}"
     options = parser.parse_args(argv)
     try:
-        functions = {"run": _run, "compare": _compare, "energy": _energy, "cim": _sweep, "info": _info, "push": _push}
+        functions = {
+            "run": _run,
+            "compare": _compare,
+            "energy": _energy,
+            "cim": _sweep,
+            "bench": _bench,
+            "info": _info,
+            "push": _push,
+        }
         return functions[options.command](options)
     except KeyboardInterrupt:
         print("hf-polarize: interrupted", file=sys.stderr)
@@ -146,6 +157,12 @@ def _energy(options: argparse.Namespace) -> int:
     return _experiment(options, ["energy"], energy_recipe, "energy")
 
 
+def _bench(options: argparse.Namespace) -> int:
+    from .bench import bench_recipe
+
+    return _experiment(options, ["bench"], bench_recipe, "bench")
+
+
 def _experiment(options: argparse.Namespace, words: list[str], function: Callable[..., Any], name: str) -> int:
     """Run a recipe by a function that leaves NAME.md and NAME.json, and print the report without its long tables."""
     from .recipe import load_recipe
@@ -155,7 +172,7 @@ def _experiment(options: argparse.Namespace, words: list[str], function: Callabl
     folder = Path(recipe.output_dir)
     text = (folder / f"{name}.md").read_text(encoding="utf-8")
     print(text.partition("## Layers")[0].rstrip())
-    print(f"\n{name}.md, {name}.json and plots are in {folder}/")
+    print(f"\n{name}.md, {name}.json and their plots, if any, are in {folder}/")
     return 0
 
 

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from conftest import TEXT, tiny_model
 from transformers import AutoModelForCausalLM
 
+from hf_polarize import bench
 from hf_polarize.card import model_card
+from hf_polarize.cim.configuration import PRESETS
 from hf_polarize.cli import main
 from hf_polarize.inspection import inspect_checkpoint
 from hf_polarize.pipeline import Evaluator, at_most, load_model, recipe_batches
@@ -222,6 +226,35 @@ def test_a_run_that_trains_reports_every_step_and_its_share(recipe, tmp_path, ca
         assert (out / name).stat().st_size > 500
     AutoModelForCausalLM.from_pretrained(out)
     assert str(tmp_path) not in (out / "polarize_config.json").read_text()
+
+
+def test_bench_times_a_model_on_its_chip_and_off_it(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "MODEL_ROUNDS", 1)
+    monkeypatch.setattr(bench, "LAYER_ROUNDS", 1)
+    assert main(["bench", str(recipe), "cim={preset: noisy, model: exact}", "deflated=true"]) == 0
+    out = capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "bench.json").read_text())
+    ways = ["original", "backbone", "polarized", "backbone, on the chip", "polarized, on the chip"]
+    assert set(record["model"]) == set(ways) and all(seconds > 0 for seconds in record["model"].values())
+    assert len(record["exact_layers"]) == 14 and "14 layers run exactly." in out
+    assert {*PRESETS, "the recipe's own"} < set(record["layer"])
+    assert record["layer"]["sram-28nm"]["exact"] > record["layer"]["torch"]["exact"] > 0
+    assert isinstance(record["layer"]["sram-28nm"]["fast"], str)  # why it is not valid
+    assert main(["bench", str(recipe)]) == 0
+    assert set(json.loads((tmp_path / "out" / "bench.json").read_text())["model"]) == set(ways[:3])
+
+
+def test_timings_are_medians_of_calls_in_turns():
+    order = []
+    found = bench.in_turns(
+        {
+            "slow": (nullcontext, lambda: (order.append("slow"), time.sleep(0.05))),
+            "quick": (nullcontext, lambda: order.append("quick")),
+        },
+        2, "test",
+    )  # fmt: skip
+    assert order == ["slow", "quick"] * 3
+    assert found["slow"] >= 0.05 > found["quick"]
 
 
 def test_help_names_every_key(capsys):

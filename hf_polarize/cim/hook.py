@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -165,14 +166,8 @@ def attach_cim(model: nn.Module, config: CIMConfig, data: Iterable[Batch] | None
             raise ValueError(
                 f"cim: adc_range={config.adc_range!r} is measured: give batches, attach_cim(model, config, data=...)"
             )
-        taken = {layer: layer.chip for _, layer in backbone_layers(core)}
-        try:
-            for layer in taken:
-                layer.chip = None
+        with off_chip(core):
             config = config.replace(ranges=measured_ranges(core, chosen, config, data))
-        finally:
-            for layer, chip in taken.items():
-                layer.chip = chip
     made = {}
     with logging.tqdm(total=len(chosen), desc="making the chip", unit="layer") as bar:
         for name, layer in chosen.items():
@@ -194,6 +189,19 @@ def detach_cim(model: nn.Module) -> nn.Module:
     if quantization is not None:
         quantization.cim = None
     return model
+
+
+@contextmanager
+def off_chip(model: nn.Module) -> Iterator[nn.Module]:
+    """Run a model off its chip inside this context."""
+    taken = {layer: layer.chip for _, layer in backbone_layers(core_model(model))}
+    for layer in taken:
+        layer.chip = None
+    try:
+        yield model
+    finally:
+        for layer, chip in taken.items():
+            layer.chip = chip
 
 
 def _chosen(core: nn.Module, config: CIMConfig) -> dict[str, BackboneLayer]:
