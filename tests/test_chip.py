@@ -65,7 +65,7 @@ def test_an_ideal_chip_computes_what_its_layers_hold(backbone, tmp_path):
         x = torch.randn(3, 5, layer.in_features, generator=torch.Generator().manual_seed(0))
         q, scale = quantized_inputs(x.flatten(0, 1), 8)
         expected = (q * scale).double() @ layer.dequantized().double().T
-        assert difference(layer(x).flatten(0, 1), expected) < 1e-5, name
+        assert difference(layer(x).flatten(0, 1), expected) < 5e-5, name  # weights in 16 bits
 
 
 @pytest.mark.parametrize("kind", ["fast", "exact"])

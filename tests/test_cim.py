@@ -12,9 +12,10 @@ from scipy.stats import ks_2samp
 from hf_polarize import CIMConfig
 from hf_polarize.cim.array import Converter, exact_product
 from hf_polarize.cim.chip import fabricate
-from hf_polarize.cim.fast import driven_rows, fast_array
+from hf_polarize.cim.fast import fast_array, normal_like
 from hf_polarize.cim.planes import grouped_weights, integer_planes, quantized_inputs, weight_code
 from hf_polarize.cim.ranges import best_range
+from hf_polarize.cim.token_noise import TokenNoise, driven_rows
 
 INT8 = torch.arange(-127, 128) / 127.0
 NF4 = get_4bit_type("nf4", device="cpu")
@@ -277,7 +278,7 @@ def both_models(request):
         q, _ = quantized_inputs(x, config.input_bits)
         ideal = q.double() @ weight.double().T
         exact = exact_product(q, planes, scale, config, converter, torch.Generator().manual_seed(1))
-        return exact - ideal, fast(q, torch.Generator().manual_seed(1)).double() - ideal
+        return exact - ideal, fast(q, torch.ones(len(q), 1), torch.Generator().manual_seed(1)).double() - ideal
 
     return errors
 
@@ -309,6 +310,41 @@ def test_driven_rows_are_those_of_the_planes(rows, features, encoding):
     if kind == "bits":
         flips = (padded[:-1] != padded[-1]).sum(-1).permute(1, 2, 0)
         assert torch.equal(driven_rows(q, groups, rows, len(bits) - 1, "flips"), flips)
+
+
+@pytest.mark.parametrize("rows, features", [(64, 576), (7, 100), (500, 1100), (4096, 5000)])
+@pytest.mark.parametrize("copies", [True, False])
+def test_the_noise_of_a_token_is_the_same_in_one_pass_and_on_any_device(rows, features, copies):
+    groups = -(-features // rows)
+    share = torch.rand(groups, 8 if copies else 7, rows + 1, generator=torch.Generator().manual_seed(0))
+    noise = TokenNoise(share, 0.2 * share[0, 1:] if copies else None)
+    q = random_integers(11, features).float()
+    expected = noise._variance(q).sqrt()[:, None]
+    assert torch.allclose(noise(q), expected, rtol=1e-5)
+    assert noise(q[:3]).equal(noise(q)[:3])
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+def test_the_fast_model_is_the_same_in_integers_in_floats_and_on_any_device(noisy, monkeypatch):
+    from hf_polarize.cim import fast
+
+    config = CIMConfig.preset("noisy", column_offset=0.2)
+    planes, group_scale = array_of(random_integers(700, 192), config)
+    array, reason = fast_array(planes, group_scale, Converter.of(config, 64.0), config, 192)
+    assert reason is None
+    q, scale = quantized_inputs(torch.randn(900, 192, generator=torch.Generator().manual_seed(0)), 8)
+
+    def noise():
+        return torch.Generator().manual_seed(3) if noisy else None
+
+    product = q.double() @ array.weight.double().T + array.offset
+    if noisy:  # more than two stretches of the table
+        numbers = normal_like(torch.empty(900, 700), noise())
+        product += numbers * array.loudness(q) * array.std
+    for integers in (True, False):
+        monkeypatch.setattr(fast, "INTEGERS_ARE_FAST", integers)
+        result = array(q, scale, noise()).double()
+        assert float((result - product * scale).norm() / (product * scale).norm()) < (1e-4 if integers else 1e-6)
 
 
 def test_the_range_of_an_adc_is_the_one_asked_for():

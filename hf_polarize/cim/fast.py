@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numba
 import numpy as np
 import torch
 
-from .array import TABLE, Converter, exact_product, normal_table
+from .array import INTEGERS_ARE_FAST, TABLE, Converter, exact_product, normal_table
 from .chip import Plane, nominal_factor
 from .configuration import CIMConfig
 from .moments import ReadMoments, read_moments
 from .planes import integer_planes, quantized_inputs
+from .token_noise import TokenNoise, driven_rows
 
 SAMPLED_TOKENS, SAMPLED_COLUMNS = 64, 64
 """What of a layer is run by the exact model to fit and to judge the fast one."""
@@ -25,8 +26,6 @@ LARGEST_KURTOSIS = 0.6
 """Excess kurtosis of the error above which a normal one differs: by Edgeworth, 0.023 of it is the distance of KS."""
 LARGEST_DEVIATION = 0.2
 """How far the error of tokens with few large values may be off."""
-LANE = 255
-"""Largest count of eight bits."""
 PAIRS = 16384
 """Random pairs of readings that say how far copies of a plane err together."""
 PIECE = 2**18
@@ -92,44 +91,6 @@ def agreement(converter: Converter, cells: float, config: CIMConfig) -> torch.Te
 
 
 @dataclass
-class TokenNoise:
-    """
-    The noise of a token relative to that of a typical one, from the rows that the planes of its integers drive.
-
-    Attributes:
-        share (`torch.Tensor` of shape `(groups, planes, rows + 1)`): what a plane that drives so many rows of a group
-            adds to the variance, float32.
-        copies (`torch.Tensor` of shape `(planes - 1, rows + 1)`, *optional*): in two's complement, the part of the
-            variance of the last plane that goes again with a plane that differs from it in so many rows, float32.
-    """
-
-    share: torch.Tensor
-    copies: torch.Tensor | None
-
-    def __call__(self, q: torch.Tensor) -> torch.Tensor:
-        """Return the standard deviation for integers `(tokens, in)`, `(tokens, 1)`."""
-        groups, planes, numbers = self.share.shape
-        kind = "magnitude" if self.copies is None else "bits"  # without an ADC both add the same
-        share = _looked_up(self.share, driven_rows(q, groups, numbers - 1, planes, kind))
-        variance = share.sum(-1)
-        if self.copies is not None:
-            differing = driven_rows(q, groups, numbers - 1, planes - 1, "flips")
-            gone = share[..., -1] * _looked_up(self.copies[None], differing).sum(-1)
-            variance = torch.maximum(variance - gone, share[..., -1] / 4 ** (planes - 1))
-        return variance.sum(1, keepdim=True).sqrt_()
-
-    def to(self, device: torch.device) -> TokenNoise:
-        return TokenNoise(self.share.to(device), None if self.copies is None else self.copies.to(device))
-
-
-def _looked_up(table: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Return `table[g, p, at[..., g, p]]`; a table of one group is that of all."""
-    groups, planes, numbers = table.shape
-    first = torch.arange(groups * planes, device=at.device).view(groups, planes) * numbers
-    return table.flatten()[at + first]
-
-
-@dataclass
 class FastArray:
     """
     What a layer amounts to on one chip: `y = q W^T + offset + loudness(q) * std * n`, with n normal.
@@ -148,86 +109,108 @@ class FastArray:
     std: torch.Tensor
     loudness: TokenNoise
 
-    def __call__(self, q: torch.Tensor, noise: torch.Generator | None = None) -> torch.Tensor:
+    @cached_property
+    def digits(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The weight as `step * (256 * high + low)`: two int8 `(out, in)`, and the step `(out,)`, float32."""
+        step = (self.weight.abs().amax(1) / (128 * 256 - 129)).clamp(min=torch.finfo(torch.float32).tiny)
+        whole = (self.weight / step[:, None]).round().to(torch.int16)
+        low = whole.to(torch.int8)  # its low byte, as a signed number
+        return ((whole - low) >> 8).to(torch.int8), low, step
+
+    def __call__(self, q: torch.Tensor, scale: torch.Tensor, noise: torch.Generator | None = None) -> torch.Tensor:
         """
         Multiply integer inputs.
 
         Args:
             q (`torch.Tensor` of shape `(tokens, in)`): of [`~hf_polarize.cim.planes.quantized_inputs`].
+            scale (`torch.Tensor` of shape `(tokens, 1)`): what the integers are to be multiplied by.
             noise (`torch.Generator`, *optional*): of the noise of readings.
 
         Returns:
             `torch.Tensor` of shape `(tokens, out)`, float32.
         """
+        if q.device.type == "cpu":
+            return self._on_cpu(q, scale, noise)
         y = torch.nn.functional.linear(q.to(self.weight.dtype), self.weight).float().add_(self.offset)
-        return y if noise is None else y.addcmul_(normal_like(y, noise) * self.loudness(q), self.std)
+        if noise is not None:
+            y.addcmul_(normal_like(y, noise) * self.loudness(q), self.std)
+        return y.mul_(scale)
+
+    def _on_cpu(self, q: torch.Tensor, scale: torch.Tensor, noise: torch.Generator | None) -> torch.Tensor:
+        """Do the same in one pass over the outputs; by two products of integers, where those are fast."""
+        low = step = starts = loudness = None
+        if INTEGERS_ARE_FAST:
+            whole, (first, second, steps) = q.to(torch.int8), self.digits
+            high, low, step = (
+                torch._int_mm(whole, first.T).numpy(),
+                torch._int_mm(whole, second.T).numpy(),
+                steps.numpy(),
+            )
+        else:
+            high = torch.nn.functional.linear(q, self.weight).numpy()
+        y = torch.empty(len(q), len(self.weight))
+        if noise is not None:
+            starts, loudness = _stretches(y.numel(), noise).numpy(), self.loudness(q).numpy()
+        _finish(
+            high, low, step, self.offset.numpy(), self.std.numpy(), loudness, normal_table(q.device).numpy(), starts,
+            scale.numpy(), y.numpy(),
+        )  # fmt: skip
+        return y
 
     def to(self, device: torch.device) -> FastArray:
         weight, offset, bias, std = (t.to(device) for t in (self.weight, self.offset, self.bias, self.std))
         return FastArray(weight, offset, bias, std, self.loudness.to(device))
 
 
-@lru_cache(maxsize=8)
-def _spread_bits(planes: int, kind: str, device: torch.device) -> torch.Tensor:
-    """Return the bits of the integers -128..127, eight bits apart in one int64 each."""
-    values = torch.arange(-128, 128)
-    values = {"magnitude": values.abs(), "bits": values, "flips": torch.where(values < 0, ~values, values)}[kind]
-    return sum(((values >> i) & 1) << (8 * i) for i in range(planes)).to(device)  # type: ignore[union-attr]
-
-
-def driven_rows(q: torch.Tensor, groups: int, rows: int, planes: int, kind: str) -> torch.Tensor:
-    """
-    Count the rows of each group that each plane of the inputs drives.
-
-    Args:
-        q (`torch.Tensor` of shape `(tokens, in)`): integers of [`~hf_polarize.cim.planes.quantized_inputs`].
-        groups, rows (`int`): of the array; rows that fill the last group are not driven.
-        planes (`int`): of the inputs.
-        kind (`str`): `"magnitude"` for the planes of sign-magnitude, `"bits"` for those of two's complement, `"flips"`
-            for where these differ from the sign.
-
-    Returns:
-        `torch.Tensor` of shape `(tokens, groups, planes)`, int64.
-    """
-    bits = _spread_bits(planes, kind, q.device)
-    if q.device.type == "cpu":
-        driven = torch.zeros(len(q), groups, planes, dtype=torch.int64)
-        _count_rows(q.numpy(), bits.numpy(), rows, driven.numpy())
-        return driven
-    spread = bits[q.nan_to_num().clamp(-128, 127).int() + 128]
-    spread = torch.nn.functional.pad(spread, (0, groups * rows - q.shape[1])).view(len(q), groups, rows)
-    lanes = 8 * torch.arange(planes, device=q.device)
-    pieces = spread.split(LANE, dim=-1)
-    return sum((piece.sum(-1, keepdim=True) >> lanes) & LANE for piece in pieces)  # type: ignore[no-any-return]
-
-
 @numba.njit(nogil=True)  # type: ignore[untyped-decorator]
-def _count_rows(q, bits, rows, driven):  # type: ignore[no-untyped-def]
-    """Add the bits of `q` (tokens, in) to `driven` (tokens, groups, planes), with the table of [`_spread_bits`]."""
-    for t in range(q.shape[0]):
-        for g in range(driven.shape[1]):
-            first, last = g * rows, min((g + 1) * rows, q.shape[1])
-            while first < last:
-                end = min(first + LANE, last)
-                lanes = np.int64(0)
-                for k in range(first, end):
-                    if -128 <= q[t, k] <= 127:  # not so where activations overflowed
-                        lanes += bits[np.int64(q[t, k]) + 128]
-                for i in range(driven.shape[2]):
-                    driven[t, g, i] += (lanes >> (8 * i)) & LANE
-                first = end
+def _finish(high, low, step, offset, std, loudness, table, starts, scale, y):  # type: ignore[no-untyped-def]
+    """
+    Fill `y` (tokens, out) in with `scale * (product + offset + loudness * std * n)`.
+
+    The product is `high`, float32, or where there is a `low` `step * (256 * high + low)` of int32. The numbers n are
+    those of [`normal_like`]; none where there is no `starts`.
+    """
+    columns = y.shape[1]
+    for t in range(y.shape[0]):
+        factor = scale[t, 0]
+        begin = 0
+        while begin < columns:
+            place = t * columns + begin
+            end = columns if starts is None else min(columns, begin + PIECE - place % PIECE)
+            row, first, bias = y[t, begin:end], high[t, begin:end], offset[begin:end]
+            if low is not None:
+                second, unit = low[t, begin:end], step[begin:end]
+            if starts is not None:
+                at = starts[place // PIECE] + place % PIECE
+                numbers, deviation, loud = table[at : at + len(row)], std[begin:end], loudness[t, 0]
+            for j in range(len(row)):
+                if low is not None:
+                    value = unit[j] * (np.float32(256) * np.float32(first[j]) + np.float32(second[j]))
+                else:
+                    value = first[j]
+                value += bias[j]
+                if starts is not None:
+                    value += numbers[j] * loud * deviation[j]
+                row[j] = factor * value
+            begin = end
+
+
+def _stretches(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Return where in the table each stretch of [`PIECE`] of so many normal numbers begins."""
+    return torch.randint(TABLE - PIECE, (-(-count // PIECE),), generator=generator)
 
 
 def normal_like(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """
-    Return normal numbers of the shape of `y`, pieces of a table from places that the generator draws.
+    Return normal numbers of the shape of `y`, stretches of a table from places that the generator draws.
 
     A hundred times cheaper than new ones.
     """
-    table = normal_table(y.device)
-    lengths = [PIECE] * (y.numel() // PIECE) + [y.numel() % PIECE]
-    starts = torch.randint(TABLE - PIECE, (len(lengths),), generator=generator).tolist()
-    pieces = [table[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+    table, left = normal_table(y.device), y.numel()
+    pieces = []
+    for start in _stretches(left, generator).tolist():
+        pieces.append(table[start : start + min(left, PIECE)])
+        left -= PIECE
     return (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).view(y.shape)
 
 

@@ -60,7 +60,8 @@ class OnChip:
             )
         self.exact = config.model == "exact" or self.reason is not None
         self.planes = planes if self.exact else None
-        if not self.exact and bfloat16_is_fast(self.scale.device):  # integers of 8 bits are exact there
+        device = self.scale.device
+        if not self.exact and device.type != "cpu" and bfloat16_is_fast(device):  # integers of 8 bits are exact there
             self.fast.weight = self.fast.weight.bfloat16()
         self.varied: FastArray | None = None
         self.reset()
@@ -103,12 +104,11 @@ class OnChip:
         with torch.autocast(x.device.type, enabled=False):
             q, scale = quantized_inputs(x, self.config.input_bits)
             if self.varied is not None:
-                y = self.varied(q, self._reads)
-            elif self.planes is not None:
-                y = exact_product(q, self.planes, self.scale, self.config, self.converter, self._reads).float()
-            else:
-                y = self.fast(q, self._reads)
-            return y.mul_(scale)
+                return self.varied(q, scale, self._reads)
+            if self.planes is None:
+                return self.fast(q, scale, self._reads)
+            y = exact_product(q, self.planes, self.scale, self.config, self.converter, self._reads)
+            return y.float().mul_(scale)
 
     def _move(self, device: torch.device) -> None:
         if self.scale.device != device:
