@@ -51,8 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="time a model, polarized and on a chip",
-        description="Time a recipe's model on one window of evaluation_window tokens: original, polarized, and on its "
-        "chip (key cim); and a layer on chips of all kinds. Keys are those of run.",
+        description="Time a recipe's model on one sample of its evaluation data: original, polarized, and on its chip "
+        "(key cim); and a layer on chips of all kinds. Keys are those of run.",
     )
 
     for command in (run, compare, energy, sweep, bench):

@@ -23,7 +23,7 @@ from hf_polarize import (
 )
 from hf_polarize.backbone import backbone_layers
 from hf_polarize.cim.fast import normal_like
-from hf_polarize.cim.hook import chips, reset_reads
+from hf_polarize.cim.hook import OnChip, chips, off_chip, reset_reads
 
 NOISY = CIMConfig.preset("noisy")
 
@@ -237,6 +237,35 @@ def test_autocast_has_no_say_in_an_array(kind, tmp_path):
     layer.chip.reset()
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(layer(x), here)
+
+
+def test_off_the_chip_for_a_while(tmp_path):
+    model = quantized("llama-tied", tmp_path)
+    x = torch.arange(12)[None]
+    before = model(x).logits
+    attach_cim(model, CIMConfig.preset("noisy", read_noise=0.0))
+    on_chip = model(x).logits
+    with pytest.raises(KeyError), off_chip(model):
+        assert torch.equal(model(x).logits, before)
+        raise KeyError
+    reset_reads(model)
+    assert not torch.equal(on_chip, before) and torch.equal(model(x).logits, on_chip)
+
+
+@pytest.mark.parametrize("kind", ["fast", "exact"])
+def test_activations_that_overflowed_stay_so_and_touch_no_other_token(kind, tmp_path):
+    layer = next(layer for _, layer in backbone_layers(quantized("llama-tied", tmp_path)))
+    chip = OnChip(layer, "layer", CIMConfig.preset("noisy", read_noise=0.0, model=kind))
+    x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0))
+    broken = x.clone()
+    broken[1, 3], broken[2, 5] = torch.nan, torch.inf
+    chip.reset()
+    expected = chip.product(x)
+    chip.reset()
+    result = chip.product(broken)
+    assert torch.equal(result[[0, 3]], expected[[0, 3]])
+    assert not result[1].isfinite().any() and not result[2].isfinite().any()
+    assert chip.product(x[:0]).shape == (0, layer.out_features)
 
 
 def test_noise_of_large_outputs_is_new_as_well():

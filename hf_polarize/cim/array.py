@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numba
 import numpy as np
@@ -16,8 +16,11 @@ from .planes import integer_planes
 
 CHUNK = 2**19
 """Readings at a time: they stay in the cache of a core."""
-INTEGERS_ARE_FAST = torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
-"""Products of int8 are up to 20 times slower than those of float32 where a CPU has no instructions for them."""
+INTEGERS_ARE_FAST = torch.cpu._is_vnni_supported()
+"""
+Whether a CPU has instructions for products of int8. Without them these are 20 times slower than those of float32, or
+wrong: oneDNN then adds pairs of products in 16 bits.
+"""
 TABLE = 2**22
 """Normal numbers that the noise of readings is cut from."""
 
@@ -64,7 +67,7 @@ class Converter:
         return codes.clamp_(self.low, self.high).add_(0.5 if self.mid_rise else 0.0).mul_(self.step)
 
 
-@lru_cache(maxsize=2)
+@cache
 def normal_table(device: torch.device) -> torch.Tensor:
     """Return [`TABLE`] normal numbers, float32, the same on every device."""
     return torch.randn(TABLE, generator=torch.Generator().manual_seed(0)).to(device)
@@ -239,18 +242,18 @@ def _read_on_cpu(
         step = converter.step
         inverse, ends = np.float32(1 / step), (converter.low, converter.high, 0.5 if converter.mid_rise else 0.0)
     ones, zeros = np.ones(out_features, np.float32), np.zeros(out_features, np.float32)
-    table = normal_table(total.device).numpy()
-    kind, several = (torch.int32, len(planes[0].digits)) if INTEGERS_ARE_FAST else (torch.float32, 1)
-    counts = [torch.empty(len(lines), out_features, dtype=kind) for _ in range(several)]
-    digits = [None if one is None else one.view(-1, tokens, out_features).numpy() for one in (*counts, None)[:2]]
+    table = None if places is None else normal_table(total.device).numpy()
+    kind = torch.int32 if INTEGERS_ARE_FAST else torch.float32
+    high, low = (torch.empty(len(lines), out_features, dtype=kind) for _ in range(2))
     for p, plane in enumerate(planes):
         if INTEGERS_ARE_FAST:
-            for digit, result in zip(plane.digits, counts, strict=True):
-                torch._int_mm(lines, digit[:, group].T, out=result)
+            for digit, counts in zip(plane.digits, (high, low), strict=False):
+                torch._int_mm(lines, digit[:, group].T, out=counts)
         else:
-            torch.mm(lines, plane.cells[:, group].float().T, out=counts[0])
+            torch.mm(lines, plane.cells[:, group].float().T, out=high)
+        two, shape = INTEGERS_ARE_FAST and len(plane.digits) == 2, (-1, tokens, out_features)
         _read_and_add(
-            *digits, width, np.float32(plane.unit),
+            high.view(shape).numpy(), low.view(shape).numpy() if two else None, width, np.float32(plane.unit),
             ones if plane.gain is None else plane.gain[group].numpy(),
             zeros if plane.offset is None else plane.offset[group].numpy(),
             table, None if places is None else places[p].numpy(), np.float32(noise),

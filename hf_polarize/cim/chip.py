@@ -40,6 +40,12 @@ def cell_resolution(rows: int) -> float:
     return 2.0 ** -min(13, 22 - math.ceil(math.log2(rows)))
 
 
+def byte_digits(whole: torch.Tensor) -> list[torch.Tensor]:
+    """Return int16 numbers up to 32639 as two of int8, the high one first: `256 * high + low`."""
+    low = whole.to(torch.int8)  # the low byte, as a signed number
+    return [((whole - low) >> 8).to(torch.int8), low]
+
+
 @dataclass
 class Plane:
     """
@@ -74,10 +80,7 @@ class Plane:
     @cached_property
     def digits(self) -> list[torch.Tensor]:
         """The cells as int8 digits, the high one first: `256 * high + low`, or one digit where cells are whole."""
-        if self.unit == 1:
-            return [self.cells.to(torch.int8)]
-        low = self.cells.to(torch.int8)  # its low byte, as a signed number
-        return [((self.cells - low) >> 8).to(torch.int8), low]
+        return [self.cells.to(torch.int8)] if self.unit == 1 else byte_digits(self.cells)
 
 
 def fabricate(indices: torch.Tensor, code: WeightCode, config: CIMConfig, layer: str) -> Iterator[Plane]:

@@ -88,8 +88,9 @@ class CIMConfig:
         chip_seed (`int`, defaults to 0): which chip; the same seed is the same chip on every device.
         read_seed (`int`, defaults to 0): of the noise of readings.
         model (`str`, defaults to `"auto"`):
-            `"exact"`: plane by plane. `"fast"`: one product with the weights of this chip, and noise of the right
-            moments; raises where it is not valid. `"auto"`: fast where it is valid, else exact.
+            `"exact"`: plane by plane. `"fast"`: one product with the weights of this chip (in 16 bits, or bfloat16 on
+            a GPU) and noise of the right moments; raises where it is not valid. `"auto"`: fast where it is valid, else
+            exact.
         layers (`list[str]`, *optional*): regular expressions; only layers whose name one of them finds are on the
             chip. Left out: the whole backbone.
         ranges (`dict[str, float]`): largest count of the ADC by layer, where `adc_range` was measured; filled in by

@@ -11,8 +11,9 @@ import numba
 import numpy as np
 import torch
 
+from ..models import bfloat16_is_fast
 from .array import INTEGERS_ARE_FAST, TABLE, Converter, exact_product, normal_table
-from .chip import Plane, nominal_factor
+from .chip import Plane, byte_digits, nominal_factor
 from .configuration import CIMConfig
 from .moments import ReadMoments, read_moments
 from .planes import integer_planes, quantized_inputs
@@ -28,6 +29,8 @@ LARGEST_DEVIATION = 0.2
 """How far the error of tokens with few large values may be off."""
 PAIRS = 16384
 """Random pairs of readings that say how far copies of a plane err together."""
+LARGEST_WHOLE = 127 * 256 + 127
+"""Weights are integers up to this one where they are multiplied as such."""
 PIECE = 2**18
 """The longest stretch of the table of normal numbers that noise is cut from."""
 
@@ -95,6 +98,9 @@ class FastArray:
     """
     What a layer amounts to on one chip: `y = q W^T + offset + loudness(q) * std * n`, with n normal.
 
+    W is rounded to 16 bits of the largest weight of a row on CPUs with instructions for products of int8, and to
+    bfloat16 on devices that are fast in it.
+
     Attributes:
         weight (`torch.Tensor` of shape `(out, in)`): of this chip, for integer inputs.
         offset (`torch.Tensor` of shape `(out,)`): float32.
@@ -112,10 +118,9 @@ class FastArray:
     @cached_property
     def digits(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The weight as `step * (256 * high + low)`: two int8 `(out, in)`, and the step `(out,)`, float32."""
-        step = (self.weight.abs().amax(1) / (128 * 256 - 129)).clamp(min=torch.finfo(torch.float32).tiny)
-        whole = (self.weight / step[:, None]).round().to(torch.int16)
-        low = whole.to(torch.int8)  # its low byte, as a signed number
-        return ((whole - low) >> 8).to(torch.int8), low, step
+        step = (self.weight.abs().amax(1) / LARGEST_WHOLE).clamp(min=torch.finfo(torch.float32).tiny)
+        high, low = byte_digits((self.weight / step[:, None]).round().to(torch.int16))
+        return high, low, step
 
     def __call__(self, q: torch.Tensor, scale: torch.Tensor, noise: torch.Generator | None = None) -> torch.Tensor:
         """
@@ -129,36 +134,36 @@ class FastArray:
         Returns:
             `torch.Tensor` of shape `(tokens, out)`, float32.
         """
-        if q.device.type == "cpu":
-            return self._on_cpu(q, scale, noise)
+        return (self._on_cpu if q.device.type == "cpu" else self._anywhere)(q, scale, noise)
+
+    def _anywhere(self, q: torch.Tensor, scale: torch.Tensor, noise: torch.Generator | None) -> torch.Tensor:
         y = torch.nn.functional.linear(q.to(self.weight.dtype), self.weight).float().add_(self.offset)
         if noise is not None:
             y.addcmul_(normal_like(y, noise) * self.loudness(q), self.std)
         return y.mul_(scale)
 
     def _on_cpu(self, q: torch.Tensor, scale: torch.Tensor, noise: torch.Generator | None) -> torch.Tensor:
-        """Do the same in one pass over the outputs; by two products of integers, where those are fast."""
-        low = step = starts = loudness = None
+        """Do what [`_anywhere`] does in one pass over the outputs; by two products of integers where they are fast."""
+        low = step = starts = loudness = table = None
         if INTEGERS_ARE_FAST:
             whole, (first, second, steps) = q.to(torch.int8), self.digits
-            high, low, step = (
-                torch._int_mm(whole, first.T).numpy(),
-                torch._int_mm(whole, second.T).numpy(),
-                steps.numpy(),
-            )
+            high, low = torch._int_mm(whole, first.T).numpy(), torch._int_mm(whole, second.T).numpy()
+            step = steps.numpy()
         else:
             high = torch.nn.functional.linear(q, self.weight).numpy()
-        y = torch.empty(len(q), len(self.weight))
+        y = q.new_empty(len(q), len(self.weight))
         if noise is not None:
             starts, loudness = _stretches(y.numel(), noise).numpy(), self.loudness(q).numpy()
+            table = normal_table(q.device).numpy()
         _finish(
-            high, low, step, self.offset.numpy(), self.std.numpy(), loudness, normal_table(q.device).numpy(), starts,
-            scale.numpy(), y.numpy(),
+            high, low, step, self.offset.numpy(), self.std.numpy(), loudness, table, starts, scale.numpy(), y.numpy()
         )  # fmt: skip
         return y
 
     def to(self, device: torch.device) -> FastArray:
-        weight, offset, bias, std = (t.to(device) for t in (self.weight, self.offset, self.bias, self.std))
+        offset, bias, std = (t.to(device) for t in (self.offset, self.bias, self.std))
+        halved = device.type != "cpu" and bfloat16_is_fast(device)  # integers of 8 bits are exact there
+        weight = self.weight.to(device, torch.bfloat16 if halved else torch.float32)
         return FastArray(weight, offset, bias, std, self.loudness.to(device))
 
 
@@ -197,7 +202,7 @@ def _finish(high, low, step, offset, std, loudness, table, starts, scale, y):  #
 
 def _stretches(count: int, generator: torch.Generator) -> torch.Tensor:
     """Return where in the table each stretch of [`PIECE`] of so many normal numbers begins."""
-    return torch.randint(TABLE - PIECE, (-(-count // PIECE),), generator=generator)
+    return torch.randint(TABLE - PIECE, (-(-count // PIECE),), generator=generator, device=generator.device)
 
 
 def normal_like(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -211,7 +216,7 @@ def normal_like(y: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     for start in _stretches(left, generator).tolist():
         pieces.append(table[start : start + min(left, PIECE)])
         left -= PIECE
-    return (torch.cat(pieces) if len(pieces) > 1 else pieces[0]).view(y.shape)
+    return torch.cat([table[:0], *pieces]).view(y.shape)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from ..backbone import backbone_layers
 from ..formats import BackboneLayer
-from ..models import Batch, bfloat16_is_fast
+from ..models import Batch
 from ..surrogate import core_model
 from .array import Converter, exact_product
 from .chip import fabricate, generator_for
@@ -60,9 +60,7 @@ class OnChip:
             )
         self.exact = config.model == "exact" or self.reason is not None
         self.planes = planes if self.exact else None
-        device = self.scale.device
-        if not self.exact and device.type != "cpu" and bfloat16_is_fast(device):  # integers of 8 bits are exact there
-            self.fast.weight = self.fast.weight.bfloat16()
+        self.fast = self.fast.to(self.scale.device)
         self.varied: FastArray | None = None
         self.reset()
 
@@ -77,7 +75,7 @@ class OnChip:
         self._move(moments.mean.device)
 
         def draw(mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
-            noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+            noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
             return torch.addcmul(mean, variance.sqrt(), noise)
 
         weight = draw(moments.mean, moments.variance).to(self.fast.weight.dtype)

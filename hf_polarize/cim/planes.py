@@ -62,7 +62,7 @@ def quantized_inputs(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Te
     """
     x = x.float()
     scale = x.abs().amax(dim=-1, keepdim=True) / (2 ** (bits - 1) - 1)
-    scale[scale == 0] = 1.0
+    scale.masked_fill_(scale == 0, 1.0)
     return (x / scale).round_(), scale
 
 

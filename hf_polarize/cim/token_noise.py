@@ -36,7 +36,7 @@ class TokenNoise:
 
     def _variance_on_cpu(self, q: torch.Tensor) -> torch.Tensor:
         """Do what [`_variance`] does, in one pass."""
-        variance = torch.empty(len(q))
+        variance = self.share.new_empty(len(q))
         copies = None if self.copies is None else self.copies.numpy()
         _add_variances(q.to(torch.int8).numpy(), self.share.numpy(), copies, variance.numpy())
         return variance
