@@ -16,6 +16,8 @@ from transformers import (
 )
 
 import hf_polarize  # noqa: F401 (registers the quantizer)
+from hf_polarize.cim.chip import fabricate
+from hf_polarize.cim.planes import grouped_weights, weight_code
 
 TEXT = [
     f"The {a} {b} counts {n} {c}."
@@ -103,3 +105,16 @@ def smollm2(tmp_path_factory):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def random_integers(*shape, largest=127, seed=0):
+    return torch.randint(-largest, largest + 1, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def array_of(weight, config):
+    """Return the planes and the group scales of an INT8 weight, so that a count of 1 is worth 1."""
+    levels = torch.arange(-127, 128) / 127.0
+    largest = weight_code(config, levels).unit
+    units = weight / largest
+    indices, scale = grouped_weights(units, torch.ones(len(weight)), weight.shape[1], config, levels)
+    return list(fabricate(indices, weight_code(config, levels), config, "layer")), scale * largest

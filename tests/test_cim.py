@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type
+from conftest import array_of, random_integers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
@@ -12,26 +13,11 @@ from scipy.stats import ks_2samp
 from hf_polarize import CIMConfig
 from hf_polarize.cim.array import Converter, exact_product
 from hf_polarize.cim.chip import fabricate
-from hf_polarize.cim.fast import fast_array, normal_like
 from hf_polarize.cim.planes import grouped_weights, integer_planes, quantized_inputs, weight_code
 from hf_polarize.cim.ranges import best_range
-from hf_polarize.cim.token_noise import TokenNoise, driven_rows
 
-INT8 = torch.arange(-127, 128) / 127.0
 NF4 = get_4bit_type("nf4", device="cpu")
 IDEAL = CIMConfig.preset("ideal")
-
-
-def random_integers(*shape, largest=127, seed=0):
-    return torch.randint(-largest, largest + 1, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def array_of(weight, config, levels=INT8):
-    """Return the planes and the group scales of an integer weight, so that a count of 1 is worth 1."""
-    largest = weight_code(config, levels).unit
-    units = weight / largest
-    indices, scale = grouped_weights(units, torch.ones(len(weight)), weight.shape[1], config, levels)
-    return list(fabricate(indices, weight_code(config, levels), config, "layer")), scale * largest
 
 
 def naive_read(count, config, largest):
@@ -249,133 +235,6 @@ def test_groups_that_blocks_do_not_line_up_with_share_a_scale(rows, features):
     assert (error <= 0.5001 * scale.abs().repeat_interleave(rows, 1)[:, :features]).all()
     with pytest.raises(ValueError, match='use the mapping "grid"'):
         grouped_weights(NF4[codes[:, :100]], scales, 64, IDEAL.replace(mapping="one_hot"), NF4)
-
-
-FAST = {
-    "no ADC": {"adc_bits": None, "read_noise": 0.5},
-    "rounded twice": {"adc_bits": 5},
-    "rounded by four": {"adc_bits": 4},
-    "noisy readings": {"read_noise": 0.4},
-    "mismatch": {"mismatch": 0.1, "read_noise": 0.3},
-    "small mismatch": {"mismatch": 0.03, "read_noise": 0.3},
-    "columns": {"mismatch": 0.05, "column_gain": 0.02, "column_offset": 0.2, "read_noise": 0.3},
-    "mid-rise": {"adc_bits": 5, "zero_code": False},
-    "many rows": {"rows": 256, "adc_bits": 7},
-    "signed": {"encoding": "sign_magnitude", "adc_bits": 7, "read_noise": 0.4, "mismatch": 0.1},
-    "signed, noisy": {"encoding": "sign_magnitude", "adc_bits": 7, "read_noise": 0.3, "mismatch": 0.2},
-    "few bits": {"input_bits": 6, "weight_bits": 6, "read_noise": 0.4},
-    "drifted": {"encoding": "sign_magnitude", "adc_bits": 7, "read_noise": 0.3, "mismatch": 0.03,
-                "drift_time": 86400.0, "drift_exponent": 0.049, "drift_spread": 0.008},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module", params=FAST)
-def both_models(request):
-    """The ideal product of a layer with `(384, 512)` inputs, and those of the exact and of the fast model."""
-    config = CIMConfig(**{"mismatch": 0.0, "read_noise": 0.0, **FAST[request.param]})
-    generator = torch.Generator().manual_seed(0)
-    largest = 2 ** (config.weight_bits - 1) - 1
-    weight = (torch.randn(96, 512, generator=generator) * largest / 3.5).round().clamp(-largest, largest)
-    planes, scale = array_of(weight, config)
-    scale = scale / config.drift
-    converter = Converter.of(config, float(config.rows))
-    fast, reason = fast_array(planes, scale, converter, config, 512)
-    assert reason is None
-
-    def errors(x):
-        q, _ = quantized_inputs(x, config.input_bits)
-        ideal = q.double() @ weight.double().T
-        exact = exact_product(q, planes, scale, config, converter, torch.Generator().manual_seed(1))
-        return exact - ideal, fast(q, torch.ones(len(q), 1), torch.Generator().manual_seed(1)).double() - ideal
-
-    return errors
-
-
-def test_the_fast_model_has_the_moments_of_the_exact_one(both_models):
-    exact, quick = both_models(torch.randn(384, 512, generator=torch.Generator().manual_seed(2)))
-    assert float(quick.std() / exact.std()) == pytest.approx(1, abs=0.05)
-    assert ks_2samp((exact / exact.std()).flatten(), (quick / exact.std()).flatten()).statistic < 0.02
-
-
-def test_the_fast_model_follows_tokens_with_few_large_values(both_models):
-    """Most of their planes drive few rows, and in two's complement most are copies of the sign."""
-    exact, quick = both_models(torch.randn(384, 512, generator=torch.Generator().manual_seed(3)) ** 3)
-    assert float(quick.std() / exact.std()) == pytest.approx(1, abs=0.07)
-    assert ks_2samp((exact / exact.std()).flatten(), (quick / exact.std()).flatten()).statistic < 0.02
-
-
-@pytest.mark.parametrize("rows, features", [(64, 100), (300, 700)])
-@pytest.mark.parametrize("encoding", ["sign_magnitude", "twos_complement"])
-def test_driven_rows_are_those_of_the_planes(rows, features, encoding):
-    q = torch.randint(-127, 128, (5, features), generator=torch.Generator().manual_seed(0)).float()
-    bits, _ = integer_planes(q, 8, encoding)
-    groups = -(-features // rows)
-    padded = torch.nn.functional.pad(bits, (0, groups * rows - features)).view(len(bits), 5, groups, rows)
-    kind = "magnitude" if encoding == "sign_magnitude" else "bits"
-    assert torch.equal(driven_rows(q, groups, rows, len(bits), kind), (padded != 0).sum(-1).permute(1, 2, 0))
-    overflowed = torch.full((1, features), torch.nan)
-    assert not driven_rows(overflowed, groups, rows, len(bits), kind).any()
-    if kind == "bits":
-        flips = (padded[:-1] != padded[-1]).sum(-1).permute(1, 2, 0)
-        assert torch.equal(driven_rows(q, groups, rows, len(bits) - 1, "flips"), flips)
-
-
-@pytest.mark.parametrize("rows, features", [(64, 576), (7, 100), (500, 1100), (2039, 2100), (2040, 2100)])
-@pytest.mark.parametrize("planes, copies", [(8, 0.2), (8, 2.0), (8, None), (7, None)])
-def test_the_noise_of_a_token_is_that_of_the_rows_it_drives(rows, features, planes, copies):
-    """In one pass, as on other devices, against loops."""
-    groups = -(-features // rows)
-    share = torch.rand(groups, planes, rows + 1, generator=torch.Generator().manual_seed(0))
-    noise = TokenNoise(share, None if copies is None else copies * share[0, 1:])
-    q = random_integers(5, features).float()
-    padded = torch.nn.functional.pad(q, (0, groups * rows - features)).view(5, groups, rows)
-    bits, _ = integer_planes(padded.abs() if copies is None else padded, 8, "twos_complement")
-    expected = torch.zeros(5, 1)
-    for t in range(5):
-        for g in range(groups):
-            own = [share[g, i, int(bits[i, t, g].sum())] for i in range(planes)]
-            total = sum(own)
-            if copies is not None:
-                differing = [int((bits[i, t, g] != bits[-1, t, g]).sum()) for i in range(planes - 1)]
-                gone = own[-1] * sum(noise.copies[i, n] for i, n in enumerate(differing))
-                total = max(total - gone, own[-1] / 4 ** (planes - 1))
-            expected[t] += total
-    assert torch.allclose(noise(q), expected.sqrt(), rtol=1e-5)
-    assert torch.allclose(noise._variance(q), expected[:, 0], rtol=1e-5)
-
-
-@pytest.mark.parametrize("noisy", [True, False])
-def test_the_fast_model_is_the_same_in_integers_in_floats_and_on_any_device(noisy, monkeypatch):
-    from hf_polarize.cim import fast
-
-    config = CIMConfig.preset("noisy", column_offset=0.2)
-    planes, group_scale = array_of(random_integers(700, 192), config)
-    array, reason = fast_array(planes, group_scale, Converter.of(config, 64.0), config, 192)
-    assert reason is None
-    q, scale = quantized_inputs(torch.randn(900, 192, generator=torch.Generator().manual_seed(0)), 8)
-
-    def noise():
-        return torch.Generator().manual_seed(3) if noisy else None
-
-    product = q.double() @ array.weight.double().T + array.offset
-    if noisy:  # more than two stretches of the table
-        numbers = normal_like(torch.empty(900, 700), noise())
-        product += numbers * array.loudness(q) * array.std
-    expected = product * scale
-
-    def check(result, at_most):
-        assert result.dtype == torch.float32
-        assert float((result - expected).norm() / expected.norm()) < at_most
-
-    check(array._anywhere(q, scale, noise()), 1e-6)
-    monkeypatch.setattr(fast, "INTEGERS_ARE_FAST", False)
-    check(array(q, scale, noise()), 1e-6)
-    monkeypatch.setattr(fast, "INTEGERS_ARE_FAST", True)
-    check(array(q, scale, noise()), 1e-4)
-    high, low, step = array.digits
-    assert ((256 * high.float() + low) * step[:, None] - array.weight).abs().le(0.51 * step[:, None]).all()
-    array.weight = array.weight.bfloat16()  # as on a GPU
-    check(array.to(q.device)(q, scale, noise()), 1e-2)
 
 
 def test_the_range_of_an_adc_is_the_one_asked_for():
