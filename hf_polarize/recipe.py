@@ -154,7 +154,9 @@ class Recipe:
     )
     sweep_methods: list[str] = _key(list(SWEPT), f"what it measures, of {', '.join(SWEPT)}")
     sweep_chips: int = _key(10, "chips of each setting, with seeds from cim.chip_seed on")
-    energy_node: float = _key(16.0, "nm, 7..45, of hf-polarize energy: logic and converters")
+    energy_node: float | None = _key(
+        None, "nm, 7..45, of hf-polarize energy: logic and converters; the preset's or 16 if left out"
+    )
     energy_digital: str = _key("bf16", "its arithmetic outside the array: fp16, bf16 or int8")
     energy_context: int = _key(512, "its tokens that attention looks back on")
 
@@ -372,7 +374,7 @@ def resumed(path: Path, recipe: Recipe) -> dict[str, Any]:
 
 def _number(key: str, value: Any) -> Any:
     """Return the value of a key that takes a float as one: YAML reads 5e-4 as a string, and 1 as an integer."""
-    if typing.get_type_hints(Recipe)[key] is not float or isinstance(value, bool):
+    if typing.get_type_hints(Recipe)[key] not in (float, float | None) or isinstance(value, bool) or value is None:
         return value
     try:
         return float(value)

@@ -22,6 +22,8 @@ from hf_polarize import (
     save_polarized,
 )
 from hf_polarize.backbone import backbone_layers
+from hf_polarize.cim import hook
+from hf_polarize.cim.array import INTEGERS_ARE_FAST
 from hf_polarize.cim.fast import normal_like
 from hf_polarize.cim.hook import OnChip, chips, off_chip, reset_reads
 
@@ -107,6 +109,47 @@ def test_a_chip_is_the_same_in_another_process():
     command = [sys.executable, "-c", DIGEST + "print(digest)"]
     there = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
     assert there == here["digest"]
+
+
+RELOAD = """
+import sys, torch, hf_polarize
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(repr(model(torch.arange(12)[None]).logits.double().sum().item()))
+"""
+
+
+def test_a_model_on_a_chip_is_the_same_in_another_process(tmp_path):
+    model = quantized("llama-tied", tmp_path, cim=NOISY.replace(chip_seed=3))
+    here = model(torch.arange(12)[None]).logits.double().sum().item()
+    model.save_pretrained(tmp_path / "saved")
+    command = [sys.executable, "-c", RELOAD, str(tmp_path / "saved")]
+    there = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+    assert float(there) == here
+
+
+@pytest.mark.parametrize("kind", ["fast", "exact"])
+def test_layers_on_a_chip_take_tokens_one_by_one(kind, tmp_path):
+    """Bit for bit, where products are those of integers."""
+    layer = next(layer for _, layer in backbone_layers(quantized("llama-tied", tmp_path)))
+    chip = OnChip(layer, "layer", NOISY.replace(read_noise=0.0, model="exact" if kind == "exact" else "auto"))
+    assert chip.exact == (kind == "exact")
+    if kind == "fast":
+        chip.fast.std.zero_()  # what readings err by is another draw for each batch
+    x = torch.randn(40, layer.in_features, generator=torch.Generator().manual_seed(0))
+    parts = torch.cat([chip.product(part) for part in x.split([1, 7, 32])])
+    close = {} if kind == "exact" or INTEGERS_ARE_FAST else {"rtol": 1e-5, "atol": 1e-6}
+    torch.testing.assert_close(parts, chip.product(x), **(close or {"rtol": 0, "atol": 0}))
+
+
+def test_layers_that_run_plane_by_plane_are_named(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(hook.logger, "warning_once", said.append)
+    attach_cim(quantized("llama-tied", tmp_path), CIMConfig.preset("sram-28nm", adc_bits=3))
+    assert len(said) == 1 and "layers run plane by plane" in said[0] and "fast model is not valid there (" in said[0]
+    attach_cim(quantized("llama-tied", tmp_path), NOISY.replace(model="exact"))
+    attach_cim(quantized("llama-tied", tmp_path), NOISY)
+    assert len(said) == 1  # as asked for, and fast
 
 
 def test_read_noise_is_new_at_every_read_and_can_begin_anew(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type
 from conftest import array_of, random_integers
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
@@ -88,7 +88,9 @@ def test_the_exact_model_equals_naive_loops(kind, encoding, rows, bits):
     converter = Converter.of(config, float(rows))
     result = exact_product(q, planes, scale, config, converter)
     reference = naive_product(q, planes, scale, config, float(rows))
-    assert torch.allclose(result, reference, rtol=1e-6, atol=1e-6 * float(reference.abs().max()))
+    # offsets and gains of columns are no dyadic numbers: a count is rounded once more in float32
+    close = 1e-6 if kind == "columns" else 1e-9
+    assert torch.allclose(result, reference, rtol=close, atol=close * float(reference.abs().max()))
 
 
 @pytest.mark.parametrize("encoding", ["twos_complement", "sign_magnitude"])
@@ -106,6 +108,7 @@ def test_without_defects_it_is_the_integer_product(encoding, rows, adc):
 
 
 @settings(deadline=None, max_examples=40)
+@example(encoding="twos_complement", rows=1, input_bits=2, weight_bits=2, shape=(1, 2, 1), seed=1)
 @given(
     encoding=st.sampled_from(["twos_complement", "sign_magnitude"]),
     rows=st.integers(1, 300),

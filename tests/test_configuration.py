@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from hf_polarize import CIMConfig, PolarizeConfig, SurrogateConfig
+from hf_polarize.cim import configuration
 
 configs = st.builds(
     lambda backbone, double_quant, dtype, activations, skip: PolarizeConfig(
@@ -137,6 +138,35 @@ def test_the_physical_defaults_of_a_chip():
 def test_chips_that_can_not_be_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         CIMConfig(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"rows": 128, "adc_bits": 6}, "64 codes for a span of 128 counts"),
+        ({"rows": 64, "adc_bits": 6, "encoding": "sign_magnitude"}, "64 codes for a span of 128 counts"),
+        ({"rows": 128, "adc_bits": 6, "adc_range": "max"}, "64 codes for a span of 128 counts"),
+        ({"rows": 128, "adc_bits": 7}, None),
+        ({"rows": 64, "adc_bits": 6, "encoding": "sign_magnitude", "adc_range": "max"}, None),
+        ({"rows": 128, "adc_bits": None}, None),
+    ],
+)
+def test_an_adc_with_too_few_codes_is_warned_of(arguments, message, monkeypatch):
+    said = []
+    monkeypatch.setattr(configuration.logger, "warning_once", said.append)
+    CIMConfig(**arguments)
+    assert len(said) == (message is not None) and all(message in text for text in said)
+
+
+def test_what_changes_nothing_beside_a_preset_is_said(monkeypatch):
+    said = []
+    monkeypatch.setattr(configuration.logger, "warning_once", said.append)
+    chip = CIMConfig.preset("noisy", v_dd=0.6)
+    assert chip.reading_noise == CIMConfig.preset("noisy").reading_noise
+    assert len(said) == 1 and "v_dd acts through read_noise, which this chip sets to 0.02" in said[0]
+    assert CIMConfig.preset("noisy", v_dd=0.6, read_noise=None).reading_noise > chip.reading_noise
+    CIMConfig.preset("sram-16nm", v_dd=0.6)
+    assert len(said) == 1
 
 
 def test_presets_and_dicts_of_chips():

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from bitsandbytes.functional import get_4bit_type
-from conftest import output, tiny_inputs, tiny_model
+from conftest import FAMILIES, output, tiny_inputs, tiny_model
 from transformers import AutoModelForCausalLM
 
 from hf_polarize import (
@@ -91,6 +92,29 @@ def test_off_the_chip_nothing_is_removed():
     for name in factors(model):
         model.get_submodule(name).get_base_layer().deflation = None
     assert torch.equal(output(model, inputs), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("backbone", ["nf4", "int8"])
+def test_every_family_is_deflated_and_reloads(family, backbone, tmp_path):
+    model = tiny_model(family)
+    inputs = tiny_inputs(model)
+    chip = NOISY.replace(mismatch=0.3, read_noise=0.0)
+    original = output(model, inputs)
+
+    def error(closed_form):
+        one = polarize(
+            tiny_model(family), [inputs], PolarizeConfig(backbone, cim=chip), SurrogateConfig(r=8), closed_form
+        )
+        return one, float((output(one, inputs) - original).norm())
+
+    (model, deflated), (_, plain) = error(DEFLATED), error(ClosedForm())
+    assert deflated < plain
+    reset_reads(model)
+    here = output(model, inputs)
+    again = getattr(transformers, FAMILIES[family][0]).from_pretrained(save_polarized(model, tmp_path / "saved"))
+    assert torch.equal(output(again, inputs), here)
+    assert len(removed_directions(again)) == len(removed_directions(model)) > 0
 
 
 def test_on_an_ideal_chip_it_is_what_is_computed_off_it():

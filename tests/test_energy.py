@@ -31,8 +31,12 @@ def test_three_layers_by_hand():
     assert a["shift-add"] == pytest.approx(64 * 100 * 2 * shift_add)
     assert a["scales"] == pytest.approx(100 * 2 * 0.32)
     assert a["surrogate"] == a["deflation"] == pytest.approx(8 * 228 * 0.32)
+    assert b["array"] == pytest.approx(64 * 10 * 65 * cell)
     assert b["ADC"] == pytest.approx(64 * 10 * 2 * adc)  # 65 rows are two groups
+    assert b["shift-add"] == pytest.approx(64 * 10 * 2 * shift_add)
+    assert b["scales"] == pytest.approx(10 * 2 * 0.32)
     assert b["surrogate"] == b["deflation"] == 0
+    assert set(head.values()) == {0, head["other layers"]}
     assert head["other layers"] == pytest.approx(100000 * 0.32)
     assert bill.layers["attention"]["attention"] == pytest.approx(500 * 0.32)
     assert bill.total == pytest.approx(sum(sum(layer.values()) for layer in bill.layers.values()))
@@ -40,7 +44,8 @@ def test_three_layers_by_hand():
     assert bill.tops_per_watt == pytest.approx(2 * bill.macs / bill.total)
     assert bill.caps()["ADC"] == pytest.approx(2 * bill.macs / (a["ADC"] + b["ADC"]))
     on_chip = sum(a.values()) + sum(b.values())
-    assert bill.to_dict()["TOPS/W, 1 bit"] == pytest.approx(2 * 64 * (12800 + 650) / on_chip)
+    assert bill.to_dict()["TOPS/W, layers on the chip"] == pytest.approx(2 * (12800 + 650) / on_chip)
+    assert bill.to_dict()["TOPS/W, layers on the chip, 1 bit"] == pytest.approx(2 * 64 * (12800 + 650) / on_chip)
 
 
 def test_planes_follow_the_encoding_and_the_mapping():
@@ -111,6 +116,16 @@ def test_the_command(tmp_path, capsys, tokenizer):
     assert record["pJ per token"] == pytest.approx(sum(record["totals"].values()))
     assert (tmp_path / "out" / "energy.png").stat().st_size > 5000
     assert all(constant["source"] for constant in record["constants"])
+    assert record["assumptions"]["node"] == 16 and "| 28 |" in shown
+    nodes = record["nodes"]
+    assert nodes["16"]["totals"] == record["totals"] and set(nodes) == {"45", "28", "16", "7"}
+    assert nodes["28"]["shift-add, fJ per reading"] == 17.5
+    # the paper's claim is of rank 8, whatever the recipe's
+    assert main(["energy", str(recipe), "r=8"]) == 0
+    eight = json.loads((tmp_path / "out" / "energy.json").read_text())
+    assert eight["paper"] == record["paper"] and eight["totals"] != record["totals"]
+    assert main(["energy", str(recipe), "cim=sram-28nm", "energy_node=null"]) == 0
+    assert json.loads((tmp_path / "out" / "energy.json").read_text())["assumptions"]["node"] == 28
 
     assert main(["energy", str(recipe), "cim={preset: sram-16nm, layers: [mlp]}", "deflated=true"]) == 0
     layers = json.loads((tmp_path / "out" / "energy.json").read_text())["layers"]

@@ -6,7 +6,7 @@ from conftest import array_of, random_integers
 from scipy.stats import ks_2samp
 
 from hf_polarize import CIMConfig
-from hf_polarize.cim import fast as fast_module
+from hf_polarize.cim import array as array_module
 from hf_polarize.cim.array import Converter, exact_product
 from hf_polarize.cim.fast import fast_array, normal_like
 from hf_polarize.cim.planes import integer_planes, quantized_inputs
@@ -127,9 +127,9 @@ def test_the_fast_model_is_the_same_in_integers_in_floats_and_on_any_device(nois
         assert float((result - expected).norm() / expected.norm()) < at_most
 
     check(array._anywhere(q, scale, noise()), 1e-6)
-    monkeypatch.setattr(fast_module, "INTEGERS_ARE_FAST", False)
+    monkeypatch.setattr(array_module, "INTEGERS_ARE_FAST", False)
     check(array(q, scale, noise()), 1e-6)
-    monkeypatch.setattr(fast_module, "INTEGERS_ARE_FAST", True)
+    monkeypatch.setattr(array_module, "INTEGERS_ARE_FAST", True)
     check(array(q, scale, noise()), 1e-4)
     high, low, step = array.digits
     assert ((256 * high.float() + low) * step[:, None] - array.weight).abs().le(0.51 * step[:, None]).all()

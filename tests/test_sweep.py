@@ -1,5 +1,6 @@
 """Sweeps over chips, and runs on one, of a small model."""
 
+import csv
 import itertools
 import json
 from dataclasses import replace
@@ -59,6 +60,14 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
     assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 60
     assert (folder / "loss_against_mismatch.png").stat().st_size > 5000
     assert "| mismatch=0.3 | deflated | 2 |" in (folder / "sweep.md").read_text()
+    with (folder / "summary.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert {"method", "mismatch", "r", "chips", "mean", "std", "worst", "kl", "recovered", "recovered_worst"} == set(
+        table[0]
+    )
+    (row,) = (row for row in table if row["mismatch"] == "0.3" and row["method"] == "deflated")
+    (same,) = (row for row in summary(record) if row["label"] == "mismatch=0.3" and row["method"] == "deflated")
+    assert float(row["worst"]) == same["worst"] and row["r"] == ""
 
     trained = folder / "trained"
     assert len(list(trained.iterdir())) == 4  # rank 4 is the recipe's own

@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
-from hf_polarize import PolarizeConfig, SurrogateConfig, polarize, save_polarized
+from hf_polarize import CIMConfig, ClosedForm, PolarizeConfig, SurrogateConfig, polarize, save_polarized
+from hf_polarize.cim.hook import reset_reads
 from hf_polarize.surrogate import factors
 
 
@@ -104,6 +105,34 @@ def test_what_was_trained_is_what_is_saved(tokenizer, dataset, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(save_polarized(model, tmp_path / "saved"))
     inputs = tiny_inputs(model)
     assert torch.equal(output(again, inputs), output(model, inputs))
+
+
+def test_a_plain_trainer_on_a_chip(tokenizer, dataset, tmp_path):
+    """It learns for the chip that is attached, resumes, and what is saved is that."""
+    chip = CIMConfig.preset("noisy", chip_seed=3, read_noise=0.0)
+
+    def start():
+        model = tiny_model("llama-untied")
+        config, closed_form = PolarizeConfig(cim=chip), ClosedForm(deflated=True)
+        return polarize(model, [tiny_inputs(model)], config, SurrogateConfig(r=4), closed_form)
+
+    through, resumed = start(), start()
+    run = trainer(through, tokenizer, dataset, tmp_path / "run")
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    trainer(resumed, tokenizer, dataset, tmp_path / "run").train(
+        resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6")
+    )
+    inputs = tiny_inputs(through)
+    for model in (through, resumed):
+        reset_reads(model.eval())
+    there = output(through, inputs)
+    difference = (output(resumed, inputs) - there).norm() / there.norm()
+    assert float(difference) < 0.05  # the noise of readings began anew
+    again = AutoModelForCausalLM.from_pretrained(save_polarized(through, tmp_path / "saved"))
+    assert again.config.quantization_config.cim.chip_seed == 3
+    assert torch.equal(output(again, inputs), there)
 
 
 def test_evaluation_between_steps_leaves_the_gradients_alone(tokenizer, dataset, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -23,6 +24,11 @@ wrong: oneDNN then adds pairs of products in 16 bits.
 """
 TABLE = 2**22
 """Normal numbers that the noise of readings is cut from."""
+
+
+def integer_products(inputs: int) -> bool:
+    """Tell whether products of int8 matrices are to be used; for one input `torch._int_mm` of torch 2.13 is wrong."""
+    return INTEGERS_ARE_FAST and inputs > 1
 
 
 @dataclass(frozen=True)
@@ -158,10 +164,7 @@ def exact_product(
     bits, coefficients = integer_planes(padded, config.input_bits, config.encoding)
     bits = bits.view(len(bits), len(q), groups, config.rows)
     read = _read_on_cpu if q.device.type == "cpu" else _read
-    # whole readings of whole significance add up exactly in float32 as long as the sums stay below 2^24
-    small = config.rows * 2 ** (config.input_bits + config.weight_bits) <= 2**24
-    whole = all(plane.significance.is_integer() for plane in planes)
-    dtype = torch.float32 if small and whole else torch.float64
+    dtype = torch.float32 if _adds_up_in_float32(planes, coefficients, config, converter) else torch.float64
     result = torch.zeros(len(q), out_features, dtype=torch.float64, device=q.device)
     length = max(1, CHUNK // (len(bits) * out_features))
     for start in range(0, len(q), length):
@@ -175,6 +178,25 @@ def exact_product(
             read(driven, planes, g, coefficients, converter, places, config.reading_noise, total)
             result[start : start + length] += total * scale[:, g].double()
     return result
+
+
+def _adds_up_in_float32(
+    planes: Sequence[Plane], coefficients: torch.Tensor, config: CIMConfig, converter: Converter | None
+) -> bool:
+    """Tell whether sums of all readings are whole multiples, below 2^24, of one power of two."""
+    if converter is not None:
+        unit = converter.step / (2 if converter.mid_rise else 1)
+        if not math.log2(unit).is_integer():
+            return False
+    elif config.reading_noise or any(p.gain is not None or p.offset is not None or p.unit != 1 for p in planes):
+        return False
+    else:
+        unit = 1.0
+    if not all(plane.significance.is_integer() for plane in planes):
+        return False
+    weights = float(coefficients.abs().sum()) * sum(abs(plane.significance) for plane in planes)
+    largest = config.rows if converter is None else max(abs(converter.low), converter.high + 1) * converter.step
+    return largest / unit * weights <= 2**24
 
 
 def _read(
@@ -232,7 +254,8 @@ def _read_on_cpu(
     """Do what [`_read`] does, with exact sums in whole units of a cell and one pass over the counts."""
     tokens, out_features = total.shape
     lines, width = driven.flatten(0, 1), None
-    if not INTEGERS_ARE_FAST:
+    in_integers = integer_products(driven.shape[-1])
+    if not in_integers:
         if all(plane.unit == 1 for plane in planes):
             driven, width = _packed(driven)
         lines = driven.flatten(0, 1).float()
@@ -243,15 +266,15 @@ def _read_on_cpu(
         inverse, ends = np.float32(1 / step), (converter.low, converter.high, 0.5 if converter.mid_rise else 0.0)
     ones, zeros = np.ones(out_features, np.float32), np.zeros(out_features, np.float32)
     table = None if places is None else normal_table(total.device).numpy()
-    kind = torch.int32 if INTEGERS_ARE_FAST else torch.float32
+    kind = torch.int32 if in_integers else torch.float32
     high, low = (torch.empty(len(lines), out_features, dtype=kind) for _ in range(2))
     for p, plane in enumerate(planes):
-        if INTEGERS_ARE_FAST:
+        if in_integers:
             for digit, counts in zip(plane.digits, (high, low), strict=False):
                 torch._int_mm(lines, digit[:, group].T, out=counts)
         else:
             torch.mm(lines, plane.cells[:, group].float().T, out=high)
-        two, shape = INTEGERS_ARE_FAST and len(plane.digits) == 2, (-1, tokens, out_features)
+        two, shape = in_integers and len(plane.digits) == 2, (-1, tokens, out_features)
         _read_and_add(
             high.view(shape).numpy(), low.view(shape).numpy() if two else None, width, np.float32(plane.unit),
             ones if plane.gain is None else plane.gain[group].numpy(),

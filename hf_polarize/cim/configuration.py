@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,19 @@ MISMATCH_1FF = 2.1 * 10**-2.5
 MAX_ROWS = 4096
 DRIFT_START = 20.0
 """Seconds after programming at which the drift of a non-volatile cell is counted from."""
+
+
+ACTS_THROUGH = {
+    "v_dd": "read_noise", "temperature": "read_noise", "adc_noise": "read_noise", "cell_capacitance": "mismatch",
+}  # fmt: skip
+"""Arguments that act on outputs by another one alone, as long as that is left out."""
+
+
+def idle_message(argument: str, derived: str, value: float) -> str:
+    return (
+        f"{argument} acts through {derived}, which this chip sets to {value}: give it as null to let it follow, "
+        f"cim={{preset: ..., {derived}: null}}"
+    )
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,8 @@ class CIMConfig:
         self._check_numbers()
         self._check_choices()
         self._check_layers()
-        if self.adc_bits is not None and self.adc_range == "full" and 2**self.adc_bits < self.span:
+        least = self.span if self.adc_range == "full" else self.rows
+        if self.adc_bits is not None and 2**self.adc_bits < least:
             logger.warning_once(
                 f"cim: adc_bits={self.adc_bits} gives {2**self.adc_bits} codes for a span of {self.span} counts "
                 f"(rows={self.rows}, {self.encoding}): each reading is rounded. It takes "
@@ -301,7 +316,19 @@ class CIMConfig:
         """
         if name not in PRESETS:
             raise ValueError(f"cim: there is no preset {name!r}; known are {', '.join(map(repr, PRESETS))}")
-        return cls.from_dict({**PRESETS[name], **changes})
+        chip = cls.from_dict({**PRESETS[name], **changes})
+        for argument, derived in chip.idle(changes).items():
+            logger.warning_once(f"cim: {idle_message(argument, derived, getattr(chip, derived))}")
+        return chip
+
+    def idle(self, changes: Iterable[str]) -> dict[str, str]:
+        """Return which of these arguments change no output, and the one through which they would act."""
+        acting = ((name, ACTS_THROUGH.get(name)) for name in changes)
+        return {
+            name: derived
+            for name, derived in acting
+            if derived is not None and derived not in changes and getattr(self, derived) is not None
+        }
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -1,8 +1,8 @@
 """
 The energy bill of a model on a chip, item by item, every constant with its source.
 
-It is of arithmetic and conversion. Moving data is in no item: reading the weights of digital layers and surrogates,
-the keys and values of attention, and driving the rows of the array.
+It is of multiply-accumulates and conversion. In no item: moving data (reading the weights of digital layers and
+surrogates, the keys and values of attention, driving the rows of the array), norms, softmax and activation functions.
 """
 
 from __future__ import annotations
@@ -46,13 +46,16 @@ MAC = {
 """Digital multiply-accumulates as they were published; [`digital_mac`] goes between them."""
 ADC_LINEAR = Constant(100.0, "fJ / V^2 / bit", "ZigZag-IMC, k1 of its ADC model", "28 nm", "times V_DD^2")
 ADC_EXPONENTIAL = Constant(0.001, "fJ / V^2 / 4^bit", "ZigZag-IMC, k2 of its ADC model", "28 nm", "times V_DD^2")
-SHIFT_ADD = Constant(17.5, "fJ / reading", "middle of 15 to 20 fJ for bit-serial arrays", "28 nm", "0.9 V")
+SHIFT_ADD = Constant(17.5, "fJ / reading", "assumed: middle of the 15 to 20 fJ of bit-serial arrays", "28 nm", "0.9 V")
 ACTIVITY = Constant(
     0.5, "share of rows", "half of the input bits are 1; of cells, what the code of the weights says", "any", "any"
 )
 PAPER = Constant(
-    464.0, "TOPS/W", "arXiv 2411.05845, abstract, rank 8; its derivation is not public", "16 nm class", ""
+    464.0, "TOPS/W", "arXiv 2411.05845, abstract, rank 8; its derivation is not public", "not given", "not given"
 )
+PAPER_RANK = 8
+PRESET_NODES = {"sram-28nm": 28.0}
+"""Of presets that are named after another node than [`EnergyConfig`] takes."""
 
 
 def digital_mac(kind: str, node: float) -> Constant:
@@ -128,6 +131,12 @@ def input_planes(chip: CIMConfig) -> int:
     return len(integer_planes(torch.zeros(1), chip.input_bits, chip.encoding)[1])
 
 
+def adc_energy(chip: CIMConfig, node: float) -> float:
+    """Return what a reading costs in the ADC, fJ: `(100 b + 0.001 * 4^b) V^2 * node / 28`."""
+    bits = adc_bits(chip)
+    return float(ADC_LINEAR.value * bits + ADC_EXPONENTIAL.value * 4**bits) * chip.v_dd**2 * node / 28
+
+
 def adc_bits(chip: CIMConfig) -> int:
     """Return the bits of a chip's ADC; without one, those of the smallest that tells all counts apart."""
     return chip.adc_bits or math.ceil(math.log2(chip.span + 1))
@@ -162,14 +171,11 @@ def layer_energy(layer: LayerShape, chip: CIMConfig, energy: EnergyConfig, code:
     pairs = input_planes(chip) * len(code.significance)
     groups = -(-layer.in_features // chip.rows)
     readings = pairs * layer.out_features * groups
-    scale = energy.node / 28
-    bits = adc_bits(chip)
-    adc = (ADC_LINEAR.value * bits + ADC_EXPONENTIAL.value * 4**bits) * chip.v_dd**2 * scale
     hold_one = float((code.cells != 0).double().mean())
     cell = ACTIVITY.value * hold_one * chip.cell_capacitance * chip.v_dd**2
     bill["array"] = pairs * layer.macs * cell * 1e-3
-    bill["ADC"] = readings * adc * 1e-3
-    bill["shift-add"] = readings * SHIFT_ADD.value * scale * 1e-3
+    bill["ADC"] = readings * adc_energy(chip, energy.node) * 1e-3
+    bill["shift-add"] = readings * SHIFT_ADD.value * energy.node / 28 * 1e-3
     bill["scales"] = layer.out_features * groups * mac
     bill["deflation"] = paths if layer.deflated else 0.0
     return bill
@@ -210,11 +216,16 @@ class Bill:
         return 2 * self.macs / self.total
 
     @property
-    def one_bit_tops_per_watt(self) -> float:
-        """Of the layers on the chip with their surrogates: two operations for each pair of bits that is multiplied."""
+    def on_chip_tops_per_watt(self) -> float:
+        """Of the layers on the chip with their surrogates."""
         on_chip = [shape for shape in self.shapes if shape.on_chip]
         spent = sum(sum(self.layers[shape.name].values()) for shape in on_chip)
-        return 2 * self.planes * sum(shape.macs for shape in on_chip) / spent if spent else 0.0
+        return 2 * sum(shape.macs for shape in on_chip) / spent if spent else 0.0
+
+    @property
+    def one_bit_tops_per_watt(self) -> float:
+        """The same with two operations for each pair of bits that is multiplied."""
+        return self.planes * self.on_chip_tops_per_watt
 
     def caps(self) -> dict[str, float]:
         """Return the TOPS/W that would be left if only one item cost anything."""
@@ -225,7 +236,8 @@ class Bill:
         return {
             "pJ per token": self.total,
             "TOPS/W": self.tops_per_watt,
-            "TOPS/W, 1 bit": self.one_bit_tops_per_watt,
+            "TOPS/W, layers on the chip": self.on_chip_tops_per_watt,
+            "TOPS/W, layers on the chip, 1 bit": self.one_bit_tops_per_watt,
             "MACs per token": self.macs,
             "totals": totals,
             "caps": self.caps(),

@@ -23,18 +23,24 @@ from .energy import (
     ITEMS,
     MAC,
     NODES,
+    PAPER_RANK,
+    PRESET_NODES,
     SHIFT_ADD,
     Bill,
+    Constant,
     EnergyConfig,
     adc_bits,
+    adc_energy,
     attention_macs,
     bill_of,
+    digital_mac,
     model_shapes,
     paper_section,
 )
 from .sweep import BACKBONE, DEFLATED
 
 logger = logging.get_logger(__name__)
+NODE_CONSTANTS = ("digital MAC, fJ", "ADC, fJ per reading", "shift-add, fJ per reading")
 RANKS = (0, 2, 4, 8, 16, 32)
 """Of the table of ranks."""
 
@@ -57,7 +63,9 @@ def energy_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     chip = recipe.chip()
     if chip is None:
         raise ValueError("the energy of what? Name a chip in the recipe, for instance cim=sram-16nm")
-    assumed = EnergyConfig(recipe.energy_node, recipe.energy_digital, recipe.energy_context)
+    preset = recipe.cim if isinstance(recipe.cim, str) else (recipe.cim or {}).get("preset")
+    node = recipe.energy_node or PRESET_NODES.get(str(preset), EnergyConfig.node)
+    assumed = EnergyConfig(node, recipe.energy_digital, recipe.energy_context)
     folder = Path(recipe.output_dir)
     model, _ = load_model(recipe)
     plan = make_plan(model, recipe.polarize_config(), recipe.surrogate_config())
@@ -77,9 +85,18 @@ def energy_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     record = {
         **main.to_dict(),
         "ranks": {str(rank): {"TOPS/W": b.tops_per_watt, "pJ per token": b.total} for rank, b in at_rank.items()},
-        "nodes": {str(node): {"TOPS/W": b.tops_per_watt, "totals": b.totals()} for node, b in at_node.items()},
-        "paper": paper_section(main),
-        "constants": _constants(),
+        "nodes": {
+            str(node): {
+                "TOPS/W": b.tops_per_watt,
+                "totals": b.totals(),
+                "digital MAC, fJ": 1e3 * digital_mac(assumed.digital, node).value,
+                "ADC, fJ per reading": adc_energy(chip, node),
+                "shift-add, fJ per reading": SHIFT_ADD.value * node / 28,
+            }
+            for node, b in at_node.items()
+        },
+        "paper": paper_section(at(PAPER_RANK)),
+        "constants": [{"name": name, **vars(constant)} for name, constant in _constants(chip, assumed).items()],
     }
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "energy.json", record)
@@ -94,12 +111,14 @@ def energy_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     return record
 
 
-def _constants() -> list[dict[str, Any]]:
-    named = {
+def _constants(chip: CIMConfig, assumed: EnergyConfig) -> dict[str, Constant]:
+    mac, volts = digital_mac(assumed.digital, assumed.node), f"{chip.v_dd:g} V"
+    return {
+        f"digital MAC of this bill, {assumed.digital}": mac,
+        "cell": Constant(chip.cell_capacitance, "fF", "the chip's cell_capacitance", "any", volts),
         "ADC, linear": ADC_LINEAR, "ADC, exponential": ADC_EXPONENTIAL, "shift-add": SHIFT_ADD, "activity": ACTIVITY,
         **{f"digital MAC, {kind}, {node} nm": constant for (kind, node), constant in MAC.items()},
     }  # fmt: skip
-    return [{"name": name, **vars(constant)} for name, constant in named.items()]
 
 
 def accuracy_against_energy(
@@ -188,6 +207,17 @@ def _text(
             for name, one in bill.layers.items()
         ],
     )
+    nodes = markdown_table(
+        ["node, nm", "µJ per token", "TOPS/W", *(f"{item}, µJ" for item in ITEMS), *NODE_CONSTANTS],
+        [
+            [
+                name, f"{sum(one['totals'].values()) * 1e-6:.2f}", f"{one['TOPS/W']:.2f}",
+                *(f"{one['totals'][item] * 1e-6:.2f}" for item in ITEMS),
+                *(f"{one[constant]:.1f}" for constant in NODE_CONSTANTS),
+            ]
+            for name, one in record["nodes"].items()
+        ],
+    )  # fmt: skip
     paper = record["paper"]
     caps = markdown_table(
         ["arithmetic of the surrogate", "cap, TOPS/W"],
@@ -204,22 +234,27 @@ def _text(
 {bill.tops_per_watt:.2f} TOPS/W, {total * 1e-6:.2f} µJ per token at {bill.energy.node:g} nm, {chip.v_dd:g} V,
 {bill.energy.digital} outside the array, attention over {bill.energy.context} tokens. The largest item is
 {record["largest item"]}. Two operations per multiply-accumulate of the original model; all items of the table count,
-and moving data (weights of digital layers, keys and values, inputs to the rows) is in none of them. The layers on the
-chip, with their surrogates, come to {record["TOPS/W, 1 bit"]:.0f} TOPS/W normalised to 1 bit, for the {bill.planes}
-pairs of bit planes that are executed.
+and moving data (weights of digital layers, keys and values, inputs to the rows), norms, softmax and activation
+functions are in none of them. The layers on the chip, with their surrogates, come to
+{bill.on_chip_tops_per_watt:.2f} TOPS/W, or {bill.one_bit_tops_per_watt:.0f} normalised to 1 bit, for the
+{bill.planes} pairs of bit planes that are executed.
 
 {items}
 
 {ranks}
+
+Logic and converters of other nodes, the array (its capacitance and its {chip.v_dd:g} V) as it is:
+
+{nodes}
 
 {chr(10).join(pictures)}
 
 ## The paper's claim
 
 arXiv 2411.05845 claims about {paper["claim, TOPS/W"]:g} TOPS/W at rank 8, which is {paper["claim, fJ per MAC"]:.2f} fJ
-for each multiply-accumulate. The layers on the chip come to {paper["backbone layers here, TOPS/W"]:.1f} TOPS/W under
-the assumptions here. Surrogates, and what deflates, do {100 * paper["share of surrogate MACs"]:.2f} % as many
-multiply-accumulates as the layers. For
+for each multiply-accumulate. With rank {PAPER_RANK} everywhere the layers on the chip come to
+{paper["backbone layers here, TOPS/W"]:.1f} TOPS/W under the assumptions here. Surrogates, and what deflates, do
+{100 * paper["share of surrogate MACs"]:.2f} % as many multiply-accumulates as the layers. For
 the claim to hold here, one of these may cost {paper[f"{fed} free"]:.0f} fJ if everything else is free, and
 {paper[f"{fed} as here"]:.0f} fJ if everything else costs what it costs here (below zero: it can't hold).
 
@@ -233,9 +268,10 @@ the claim to hold here, one of these may cost {paper[f"{fed} free"]:.0f} fJ if e
 
 {constants}
 
-Converters, shift-and-add and digital arithmetic between the nodes that were published are scaled: the former two with
-the node, the latter with the power of the node that joins 45 and 7 nm. The array is billed as switched capacitors of
-{chip.cell_capacitance:g} fF; a resistive one conducts instead, and needs a figure of its own. {_adc(chip)}
+Converters, shift-and-add and digital arithmetic between the nodes that were published are scaled, which is an
+assumption: the former two with the node, the latter with the power of the node that joins 45 and 7 nm. The array is
+billed as switched capacitors of {chip.cell_capacitance:g} fF; a resistive one conducts instead, and needs a figure of
+its own. {_adc(chip)}
 
 ## How to run this again
 

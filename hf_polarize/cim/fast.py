@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..models import bfloat16_is_fast
-from .array import INTEGERS_ARE_FAST, TABLE, Converter, exact_product, normal_table
+from .array import TABLE, Converter, exact_product, integer_products, normal_table
 from .chip import Plane, byte_digits, nominal_factor
 from .configuration import CIMConfig
 from .moments import ReadMoments, read_moments
@@ -145,7 +145,7 @@ class FastArray:
     def _on_cpu(self, q: torch.Tensor, scale: torch.Tensor, noise: torch.Generator | None) -> torch.Tensor:
         """Do what [`_anywhere`] does in one pass over the outputs; by two products of integers where they are fast."""
         low = step = starts = loudness = table = None
-        if INTEGERS_ARE_FAST:
+        if integer_products(q.shape[1]):
             whole, (first, second, steps) = q.to(torch.int8), self.digits
             high, low = torch._int_mm(whole, first.T).numpy(), torch._int_mm(whole, second.T).numpy()
             step = steps.numpy()

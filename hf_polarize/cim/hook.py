@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ from .ranges import measured_ranges
 
 if TYPE_CHECKING:
     from .variation import ChipMoments
+
+logger = logging.get_logger(__name__)
 
 
 class OnChip:
@@ -171,6 +174,13 @@ def attach_cim(model: nn.Module, config: CIMConfig, data: Iterable[Batch] | None
         for name, layer in chosen.items():
             made[name] = OnChip(layer, name, config)
             bar.update()
+    slow = Counter(chip.reason for chip in made.values() if chip.reason and config.model == "auto")
+    if slow:
+        reasons = "; ".join(f"{count}: {reason}" for reason, count in slow.most_common())
+        logger.warning_once(
+            f"cim: {slow.total()} of {len(made)} layers run plane by plane, which takes tens of times as long, since "
+            f"the fast model is not valid there ({reasons})"
+        )
     detach_cim(model)
     for name, layer in chosen.items():
         layer.chip = made[name]

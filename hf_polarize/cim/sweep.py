@@ -32,7 +32,7 @@ from ..recipe import SWEPT, Recipe, resumed
 from ..report import markdown_table
 from ..solver import carry_out, rounded_backbone
 from ..sources import load_data
-from .configuration import CIMConfig
+from .configuration import CIMConfig, idle_message
 from .hook import attach_cim
 
 BACKBONE, CLOSED, DEFLATED, TRAINED, PER_CHIP, WRITTEN = SWEPT
@@ -60,15 +60,8 @@ def setting_of(recipe: Recipe, setting: dict[str, Any]) -> tuple[CIMConfig, int]
     chip = recipe.chip()
     if chip is None:
         raise ValueError("a sweep needs a chip to start from: name one in the recipe, for instance cim=noisy")
-    acts_through = {
-        "v_dd": "read_noise", "temperature": "read_noise", "adc_noise": "read_noise", "cell_capacitance": "mismatch",
-    }  # fmt: skip
-    for name, derived in acts_through.items():
-        if name in changes and derived not in changes and getattr(chip, derived) is not None:
-            raise ValueError(
-                f"{name} acts through {derived}, which this chip sets to {getattr(chip, derived)}: give it as null to "
-                f"let it follow, cim={{preset: ..., {derived}: null}}"
-            )
+    for name, derived in chip.idle(changes).items():
+        raise ValueError(idle_message(name, derived, getattr(chip, derived)))
     values = {item: getattr(chip, item) for item in chip.__dataclass_fields__}
     return CIMConfig.from_dict({**values, **changes}), rank
 
@@ -289,8 +282,16 @@ def summary(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_sweep(folder: Path, record: dict[str, Any], recipe: Recipe, command: str) -> None:
-    """Write sweep.csv, sweep.md and a plot with bands for each swept argument."""
+    """Write sweep.csv, summary.csv, sweep.md and a plot with bands for each swept argument."""
     rows = summary(record)
+    swept = sorted({name for row in rows for name in row["setting"]})
+    with (folder / "summary.csv").open("w", newline="", encoding="utf-8") as file:
+        numbers = ["chips", "mean", "std", "worst", "kl", "recovered", "recovered_worst"]
+        writer = csv.writer(file)
+        writer.writerow(["method", *swept, *numbers])
+        for row in rows:
+            values = [row["setting"].get(name, "") for name in swept]
+            writer.writerow([row["method"], *values, *(row[number] for number in numbers)])
     with (folder / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["setting", "method", "chip_seed", "loss", "kl"])
