@@ -115,7 +115,8 @@ def test_the_command(tmp_path, capsys, tokenizer):
     record = json.loads((tmp_path / "out" / "energy.json").read_text())
     assert record["pJ per token"] == pytest.approx(sum(record["totals"].values()))
     assert (tmp_path / "out" / "energy.png").stat().st_size > 5000
-    assert all(constant["source"] for constant in record["constants"])
+    cited = ("Horowitz, ISSCC 2014", "Jouppi et al., ISCA 2021", "ZigZag-IMC", "assumed: ")
+    assert all(constant["source"].startswith(cited) for constant in record["constants"])
     assert record["assumptions"]["node"] == 16 and "| 28 |" in shown
     nodes = record["nodes"]
     assert nodes["16"]["totals"] == record["totals"] and set(nodes) == {"45", "28", "16", "7"}
@@ -124,8 +125,11 @@ def test_the_command(tmp_path, capsys, tokenizer):
     assert main(["energy", str(recipe), "r=8"]) == 0
     eight = json.loads((tmp_path / "out" / "energy.json").read_text())
     assert eight["paper"] == record["paper"] and eight["totals"] != record["totals"]
-    assert main(["energy", str(recipe), "cim=sram-28nm", "energy_node=null"]) == 0
-    assert json.loads((tmp_path / "out" / "energy.json").read_text())["assumptions"]["node"] == 28
+    for overrides, node in ((["cim={preset: sram-28nm}"], 28), (["cim=sram-28nm", "energy_node=7"], 7)):
+        assert main(["energy", str(recipe), *overrides]) == 0
+        assert json.loads((tmp_path / "out" / "energy.json").read_text())["assumptions"]["node"] == node
+    assert main(["energy", str(recipe), "energy_node=0"]) == 1
+    assert "at 7 to 45 nm; got 'bf16' at 0.0 nm" in capsys.readouterr().err
 
     assert main(["energy", str(recipe), "cim={preset: sram-16nm, layers: [mlp]}", "deflated=true"]) == 0
     layers = json.loads((tmp_path / "out" / "energy.json").read_text())["layers"]

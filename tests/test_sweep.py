@@ -124,9 +124,9 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
     [
         ("cim=null", "a sweep needs a chip to start from"),
         ("cim=nosy", "no preset 'nosy'"),
-        ("sweep=[{v_dd: [0.7]}]", "v_dd acts through read_noise, which this chip sets to 0.02"),
+        ("sweep=[{v_dd: [0.7]}]", "v_dd acts on outputs through read_noise, which this chip sets to 0.02"),
         ("sweep=[{mismatc: [0.7]}]", "the nearest is 'mismatch'"),
-        ("sweep=[{adc_noise: [0.5]}]", "adc_noise acts through read_noise"),
+        ("sweep=[{adc_noise: [0.5]}]", "adc_noise acts on outputs through read_noise"),
         ("sweep=[{chip_seed: [1, 2]}]", "every setting is measured on the same chips"),
         ("sweep=[{r: [0, 8]}]", "r must be"),
         ("sweep=[{r: [2.5]}]", "r must be"),

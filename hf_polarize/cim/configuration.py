@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,16 +32,10 @@ DRIFT_START = 20.0
 
 
 ACTS_THROUGH = {
-    "v_dd": "read_noise", "temperature": "read_noise", "adc_noise": "read_noise", "cell_capacitance": "mismatch",
+    "v_dd": ("read_noise",), "temperature": ("read_noise",), "adc_noise": ("read_noise",),
+    "cell_capacitance": ("mismatch", "read_noise"),
 }  # fmt: skip
-"""Arguments that act on outputs by another one alone, as long as that is left out."""
-
-
-def idle_message(argument: str, derived: str, value: float) -> str:
-    return (
-        f"{argument} acts through {derived}, which this chip sets to {value}: give it as null to let it follow, "
-        f"cim={{preset: ..., {derived}: null}}"
-    )
+"""Arguments that act on outputs by others alone, as long as those are left out."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +144,7 @@ class CIMConfig:
         self._check_numbers()
         self._check_choices()
         self._check_layers()
-        least = self.span if self.adc_range == "full" else self.rows
-        if self.adc_bits is not None and 2**self.adc_bits < least:
+        if self.adc_bits is not None and self.adc_range == "full" and 2**self.adc_bits < self.span:
             logger.warning_once(
                 f"cim: adc_bits={self.adc_bits} gives {2**self.adc_bits} codes for a span of {self.span} counts "
                 f"(rows={self.rows}, {self.encoding}): each reading is rounded. It takes "
@@ -320,18 +313,24 @@ class CIMConfig:
         if name not in PRESETS:
             raise ValueError(f"cim: there is no preset {name!r}; known are {', '.join(map(repr, PRESETS))}")
         chip = cls.from_dict({**PRESETS[name], **changes})
-        for argument, derived in chip.idle(changes).items():
-            logger.warning_once(f"cim: {idle_message(argument, derived, getattr(chip, derived))}")
+        for message in chip.idle(changes):
+            logger.warning_once(f"cim: {message}")
         return chip
 
-    def idle(self, changes: Iterable[str]) -> dict[str, str]:
-        """Return which of these arguments change no output, and the one through which they would act."""
-        acting = ((name, ACTS_THROUGH.get(name)) for name in changes)
-        return {
-            name: derived
-            for name, derived in acting
-            if derived is not None and derived not in changes and getattr(self, derived) is not None
-        }
+    def idle(self, changes: Collection[str]) -> list[str]:
+        """Say of which of these arguments no output depends, since what they act through is set."""
+        messages = []
+        for name in changes:
+            fixed = [d for d in ACTS_THROUGH.get(name, ()) if d not in changes and getattr(self, d) is not None]
+            if fixed and len(fixed) == len(ACTS_THROUGH[name]):
+                values = " and ".join(
+                    f"{derived}, which this chip sets to {getattr(self, derived)}" for derived in fixed
+                )
+                messages.append(
+                    f"{name} acts on outputs through {values}: give it as null to let it follow, "
+                    f"cim={{preset: ..., {fixed[0]}: null}}"
+                )
+        return messages
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -48,12 +48,17 @@ ADC_LINEAR = Constant(100.0, "fJ / V^2 / bit", "ZigZag-IMC, k1 of its ADC model"
 ADC_EXPONENTIAL = Constant(0.001, "fJ / V^2 / 4^bit", "ZigZag-IMC, k2 of its ADC model", "28 nm", "times V_DD^2")
 SHIFT_ADD = Constant(17.5, "fJ / reading", "assumed: middle of the 15 to 20 fJ of bit-serial arrays", "28 nm", "0.9 V")
 ACTIVITY = Constant(
-    0.5, "share of rows", "half of the input bits are 1; of cells, what the code of the weights says", "any", "any"
+    0.5,
+    "share of rows",
+    "assumed: half of the input bits are 1; of cells, what the code of weights says",
+    "any",
+    "any",
 )
 PAPER = Constant(
     464.0, "TOPS/W", "arXiv 2411.05845, abstract, rank 8; its derivation is not public", "not given", "not given"
 )
 PAPER_RANK = 8
+"""Of the surrogates in [`PAPER`]."""
 PRESET_NODES = {"sram-28nm": 28.0}
 """Of presets that are named after another node than [`EnergyConfig`] takes."""
 

@@ -64,7 +64,7 @@ def energy_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     if chip is None:
         raise ValueError("the energy of what? Name a chip in the recipe, for instance cim=sram-16nm")
     preset = recipe.cim if isinstance(recipe.cim, str) else (recipe.cim or {}).get("preset")
-    node = recipe.energy_node or PRESET_NODES.get(str(preset), EnergyConfig.node)
+    node = PRESET_NODES.get(str(preset), EnergyConfig.node) if recipe.energy_node is None else recipe.energy_node
     assumed = EnergyConfig(node, recipe.energy_digital, recipe.energy_context)
     folder = Path(recipe.output_dir)
     model, _ = load_model(recipe)
@@ -95,7 +95,7 @@ def energy_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
             }
             for node, b in at_node.items()
         },
-        "paper": paper_section(at(PAPER_RANK)),
+        "paper": {"rank": PAPER_RANK, **paper_section(at(PAPER_RANK))},
         "constants": [{"name": name, **vars(constant)} for name, constant in _constants(chip, assumed).items()],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ def _constants(chip: CIMConfig, assumed: EnergyConfig) -> dict[str, Constant]:
     mac, volts = digital_mac(assumed.digital, assumed.node), f"{chip.v_dd:g} V"
     return {
         f"digital MAC of this bill, {assumed.digital}": mac,
-        "cell": Constant(chip.cell_capacitance, "fF", "the chip's cell_capacitance", "any", volts),
+        "cell": Constant(chip.cell_capacitance, "fF", "assumed: the chip's cell_capacitance", "any", volts),
         "ADC, linear": ADC_LINEAR, "ADC, exponential": ADC_EXPONENTIAL, "shift-add": SHIFT_ADD, "activity": ACTIVITY,
         **{f"digital MAC, {kind}, {node} nm": constant for (kind, node), constant in MAC.items()},
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -174,12 +175,11 @@ def attach_cim(model: nn.Module, config: CIMConfig, data: Iterable[Batch] | None
         for name, layer in chosen.items():
             made[name] = OnChip(layer, name, config)
             bar.update()
-    slow = Counter(chip.reason for chip in made.values() if chip.reason and config.model == "auto")
-    if slow:
-        reasons = "; ".join(f"{count}: {reason}" for reason, count in slow.most_common())
+    slow = Counter(re.sub(r"[-+]?\d[\d.]*", "…", chip.reason) for chip in made.values() if chip.reason)
+    if slow and config.model == "auto":
         logger.warning_once(
             f"cim: {slow.total()} of {len(made)} layers run plane by plane, which takes tens of times as long, since "
-            f"the fast model is not valid there ({reasons})"
+            f"the fast model is not valid there: {'; '.join(sorted(slow))}"
         )
     detach_cim(model)
     for name, layer in chosen.items():

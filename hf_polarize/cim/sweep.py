@@ -32,7 +32,7 @@ from ..recipe import SWEPT, Recipe, resumed
 from ..report import markdown_table
 from ..solver import carry_out, rounded_backbone
 from ..sources import load_data
-from .configuration import CIMConfig, idle_message
+from .configuration import CIMConfig
 from .hook import attach_cim
 
 BACKBONE, CLOSED, DEFLATED, TRAINED, PER_CHIP, WRITTEN = SWEPT
@@ -60,8 +60,8 @@ def setting_of(recipe: Recipe, setting: dict[str, Any]) -> tuple[CIMConfig, int]
     chip = recipe.chip()
     if chip is None:
         raise ValueError("a sweep needs a chip to start from: name one in the recipe, for instance cim=noisy")
-    for name, derived in chip.idle(changes).items():
-        raise ValueError(idle_message(name, derived, getattr(chip, derived)))
+    for message in chip.idle(changes):
+        raise ValueError(message)
     values = {item: getattr(chip, item) for item in chip.__dataclass_fields__}
     return CIMConfig.from_dict({**values, **changes}), rank
 
@@ -290,7 +290,9 @@ def write_sweep(folder: Path, record: dict[str, Any], recipe: Recipe, command: s
         writer = csv.writer(file)
         writer.writerow(["method", *swept, *numbers])
         for row in rows:
-            values = [row["setting"].get(name, "") for name in swept]
+            values = [
+                "null" if row["setting"].get(name, "") is None else row["setting"].get(name, "") for name in swept
+            ]
             writer.writerow([row["method"], *values, *(row[number] for number in numbers)])
     with (folder / "sweep.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
