@@ -9,7 +9,7 @@ from .configuration import ClosedForm, PolarizeConfig, SurrogateConfig
 from .data import calibration_batches
 from .distillation import teacher_dataset
 from .hub import push_polarized
-from .polarization import polarize
+from .polarization import calibrate_to_chip, polarize
 from .surrogate import backbone_only, merge_surrogates
 from .training import PolarizeTrainer, distill
 
@@ -22,6 +22,7 @@ __all__ = [
     "SurrogateConfig",
     "attach_cim",
     "backbone_only",
+    "calibrate_to_chip",
     "calibration_batches",
     "detach_cim",
     "distill",

@@ -255,25 +255,45 @@ def deflate(
     )  # fmt: skip
 
 
+def deflated_on_chip(model: nn.Module) -> dict[str, BackboneLayer]:
+    """
+    Return the layers on a chip that have a surrogate beside them, by name.
+
+    Raises:
+        ValueError: If one of them is not deflated, or there is none.
+    """
+    core = core_model(model)
+    bases = {name: core.get_submodule(name).get_base_layer() for name in factors(core)}  # type: ignore[operator]
+    on_chip: dict[str, BackboneLayer] = {name: layer for name, layer in bases.items() if layer.chip is not None}
+    plain = [name for name, layer in on_chip.items() if layer.deflation is None]
+    if plain or not on_chip:
+        what = f"{plain[0]} is not deflated" if plain else "no surrogate stands beside a layer on a chip"
+        raise ValueError(f"{what}: polarize with deflated=True and a chip first")
+    return on_chip
+
+
 @torch.no_grad()
-def calibrate_to_chip(
+def fit_to_chip(
     model: nn.Module,
     weights: Mapping[str, torch.Tensor],
     statistics: Mapping[str, Statistics],
+    two_sided: bool = False,
     codes: bool = False,
 ) -> None:
     """
     Solve the surrogates of a deflated model anew for the one chip that it is attached to.
 
     The static error of that chip, measured, takes the place of its variance over chips: E = W - W_chip, c of readings
-    and of the offsets of its columns. The backbone stays as it is, unless its codes are chosen anew as well. Those are
-    right on that chip only: elsewhere, and off any chip, the model is the worse for them.
+    and of the offsets of its columns. What training has made of B stays: the weight that is aimed at is W + D A, where
+    D is what B has beyond the (W - Q) R of the closed form. The backbone stays as it is, unless its codes are chosen
+    anew as well. Those are right on that chip only: elsewhere, and off any chip, the model is the worse for them.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): deflated and on a chip; A, R and B are changed in place.
         weights (`Mapping[str, torch.Tensor]`): W `(out, in)` of the original's layers, by name.
-        statistics (`Mapping[str, Statistics]`): of [`~hf_polarize.calibration.layer_statistics`]; where they hold G,
-            output errors are weighed by it.
+        statistics (`Mapping[str, Statistics]`): of [`~hf_polarize.calibration.layer_statistics`], for the layers to
+            solve.
+        two_sided (`bool`, defaults to `False`): weigh output errors by their G.
         codes (`bool`, defaults to `False`): choose codes by what each cell makes of them, with
             [`~hf_polarize.cim.programming.codes_for_cells`]. It takes a chip whose cells were measured one by one.
 
@@ -283,14 +303,12 @@ def calibrate_to_chip(
     core = core_model(model)
     config: PolarizeConfig = core.config.quantization_config
     pairs = factors(core)
-    bases = {name: core.get_submodule(name).get_base_layer() for name in pairs}  # type: ignore[operator]
-    on_chip: dict[str, BackboneLayer] = {name: layer for name, layer in bases.items() if layer.chip is not None}
-    plain = [name for name, layer in on_chip.items() if layer.deflation is None]
-    if plain or not on_chip:
-        what = f"{plain[0]} is not deflated" if plain else "no surrogate stands beside a layer on a chip"
-        raise ValueError(f"{what}: polarize with deflated=True and a chip first")
-    for name, layer in logging.tqdm(on_chip.items(), desc="calibrating to the chip", unit="layer"):
+    found = {name: layer for name, layer in deflated_on_chip(model).items() if name in statistics}
+    for name, layer in logging.tqdm(found.items(), desc="fitting to the chip", unit="layer"):
         (a, b), known, w = pairs[name], statistics[name], weights[name].double()
+        beyond = b.double() - (w - layer.dequantized().double()) @ layer.deflation.r.double()
+        w = w + beyond @ a.double()
+        known = known if two_sided else replace(known, g=None)
         first, r = _path_on_chip(layer, w, known, len(a), config)
         if codes:
             rest = torch.eye(w.shape[1], dtype=w.dtype, device=w.device) - r @ first

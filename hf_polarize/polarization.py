@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
+from .backbone import weight_matrix
 from .calibration import MEMORY_LIMIT, layer_statistics
 from .cim.hook import attach_cim
 from .compensation import Compensation
 from .configuration import ClosedForm, PolarizeConfig, SurrogateConfig
 from .data import calibration_batches, lengths, lines_per_window, spread
-from .deflation import check_deflated
+from .deflation import check_deflated, deflated_on_chip, fit_to_chip
 from .evaluation import HeldOut
 from .models import Batch, is_text_model
-from .plan import make_plan
+from .plan import check_original, make_plan
 from .solver import carry_out
+from .surrogate import core_model
 
 
 def polarize(
@@ -138,6 +141,53 @@ def polarize(
     model.sensitivity = done.sensitivity
     model.layer_losses = done.losses
     return model
+
+
+def calibrate_to_chip(
+    model: nn.Module,
+    original: PreTrainedModel,
+    data: Any,
+    closed_form: ClosedForm | None = None,
+    *,
+    codes: bool = False,
+    processor: Any = None,
+    window: int = 512,
+    max_tokens: int = 16384,
+    batch_size: int = 4,
+    seed: int = 0,
+    text_column: str | None = None,
+    lines: bool = False,
+    memory_limit: int = MEMORY_LIMIT,
+) -> None:
+    """
+    Fit the surrogates of a deflated model to the one chip that it is attached to, measured.
+
+    It is for a model that [`polarize`] made for any such chip, trained or not; see
+    [`~hf_polarize.deflation.fit_to_chip`] for what is solved. Begin with that model for every chip.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): deflated and on a chip; changed in place.
+        original (`PreTrainedModel`): the one that it was made from.
+        data: as [`polarize`] takes it.
+        closed_form ([`ClosedForm`], *optional*): `gradients`, `weigh_tokens` and `two_sided`.
+        codes (`bool`, defaults to `False`): write the array anew as well, as program-and-verify does, for cells that
+            were measured one by one. The backbone is right on that chip only then.
+        processor, window, max_tokens, batch_size, seed, text_column, lines, memory_limit: as [`polarize`] takes them.
+
+    Raises:
+        ValueError: Before any work, if no layer on a chip is deflated, or the original is another model.
+    """
+    layers, closed_form = deflated_on_chip(model), closed_form or ClosedForm()
+    check_original(original, core_model(model), layers)
+    linear = {name: original.get_submodule(name) for name in layers}
+    batches = calibration_batches(
+        original, data, processor or load_processor(original), window, max_tokens, batch_size, seed, text_column, lines
+    )
+    weights = {name: weight_matrix(module).detach() for name, module in linear.items()}
+    for known in layer_statistics(
+        original, batches, linear, memory_limit, closed_form.gradients, closed_form.weigh_tokens, seed
+    ):
+        fit_to_chip(model, weights, known, closed_form.two_sided, codes)
 
 
 def layer_record(solution: Compensation, rank: int) -> dict[str, Any]:

@@ -49,6 +49,7 @@ SWEPT = (
     "deflated",
     "deflated, trained",
     "deflated, per chip",
+    "deflated, trained, per chip",
     "deflated, written per chip",
 )
 """What a sweep measures on every chip."""

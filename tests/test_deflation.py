@@ -16,6 +16,7 @@ from hf_polarize import (
     SurrogateConfig,
     attach_cim,
     backbone_only,
+    calibrate_to_chip,
     detach_cim,
     polarize,
     save_polarized,
@@ -27,7 +28,7 @@ from hf_polarize.cim.planes import weight_code
 from hf_polarize.cim.programming import codes_for_cells
 from hf_polarize.cim.variation import chip_moments
 from hf_polarize.compensation import compensate, damped
-from hf_polarize.deflation import Deflation, calibrate_to_chip, deflate, deflating_path, removed_directions
+from hf_polarize.deflation import Deflation, deflate, deflating_path, fit_to_chip, removed_directions
 from hf_polarize.plan import make_plan
 from hf_polarize.rounding import Covariance, round_with_feedback, spread
 from hf_polarize.surrogate import factors
@@ -218,11 +219,11 @@ def test_layers_off_the_chip_are_solved_as_such():
         assert same == ("self_attn" in name), name
     plan = make_plan(original, PolarizeConfig(cim=chip), SurrogateConfig(r=4))
     (known,) = layer_statistics(original, batches(), plan.layers, 2**40)
-    calibrate_to_chip(model, {name: module.weight.detach() for name, module in plan.layers.items()}, known)
+    fit_to_chip(model, {name: module.weight.detach() for name, module in plan.layers.items()}, known)
     for name, (_, b) in factors(model).items():
         assert torch.equal(b, before[name]) == ("self_attn" in name), name
     with pytest.raises(ValueError, match="no surrogate stands beside a layer on a chip"):
-        calibrate_to_chip(detach_cim(model), {}, {})
+        calibrate_to_chip(detach_cim(model), original, batches())
 
 
 def test_there_must_be_something_to_deflate_against():
@@ -361,18 +362,38 @@ def test_calibrated_to_a_chip():
     expected = output(original, inputs)
     chip = NOISY.replace(mismatch=0.3, read_noise=0.0)
     model = polarized(cim=chip)
-    plan = make_plan(original, PolarizeConfig(cim=chip), SurrogateConfig(r=4))
-    weights = {name: module.weight.detach() for name, module in plan.layers.items()}
-    (known,) = layer_statistics(original, batches(), plan.layers, 2**40)
 
     def error():
         return float((output(model, inputs) - expected).norm())
 
     static = error()
-    calibrate_to_chip(model, weights, known)
+    calibrate_to_chip(model, original, batches())
     fitted = error()
-    calibrate_to_chip(model, weights, known, codes=True)
+    calibrate_to_chip(model, original, batches(), codes=True)
     written = error()
     assert written < 0.7 * fitted and fitted < static
     attach_cim(model, chip.replace(chip_seed=5))
     assert error() > static
+    with pytest.raises(ValueError, match="the original is a"):
+        calibrate_to_chip(model, tiny_model("bert"), batches())
+
+
+def test_what_training_made_of_b_stays_beside_what_a_chip_needs():
+    original, name = tiny_model("llama-tied"), "model.layers.0.mlp.up_proj"
+    linear, seen = original.get_submodule(name), []
+    with linear.register_forward_hook(lambda _, given, __: seen.append(given[0])):
+        output(original, tiny_inputs(original, n=16))
+    model = polarized(cim=NOISY.replace(mismatch=0.3, read_noise=0.0))
+    a, b = factors(model)[name]
+    learned = 0.1 * torch.randn(b.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        b += learned
+    aim = seen[0] @ (linear.weight + learned @ a).T.detach()
+
+    def error():
+        with torch.no_grad():
+            return float((model.get_submodule(name)(seen[0]) - aim).norm() / aim.norm())
+
+    before = error()
+    calibrate_to_chip(model, original, batches())
+    assert error() < before < 0.5 * float((seen[0] @ (learned @ a).T).detach().norm() / aim.norm())

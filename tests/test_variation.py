@@ -18,6 +18,7 @@ from hf_polarize.cim.variation import SampledChips, chip_moments
         {"mismatch": 0.1, "ir_drop": 0.2},
         {"mismatch": 0.05, "stuck_at_zero": 0.05, "stuck_at_one": 0.1},
         {"mismatch": 0.05, "column_gain": 0.02, "column_offset": 0.5},
+        {"mismatch": 0.05, "stuck_at_zero": 0.02, "stuck_at_one": 0.02, "column_offset": 0.2, "adc_bits": 8},
         {"mismatch": 0.0, "drift_exponent": 0.05, "drift_spread": 0.02, "drift_time": 1e5},
     ],
 )
@@ -25,7 +26,7 @@ def test_weights_over_chips_have_the_moments_that_are_computed(encoding, defects
     """What the closed form goes by, against 300 chips that are made, and 300 that are sampled for training."""
     linear = torch.nn.Linear(64, 32, bias=False)
     linear.weight = torch.nn.Parameter(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)))
-    config = CIMConfig(encoding=encoding, read_noise=0.0, adc_bits=None, **defects)
+    config = CIMConfig(**{"encoding": encoding, "read_noise": 0.0, "adc_bits": None, **defects})
     layer = quantize_linear(linear, PolarizeConfig(cim=config))
     moments = chip_moments(layer, config)
     made, sampled = [], []

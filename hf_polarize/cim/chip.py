@@ -77,6 +77,11 @@ class Plane:
         gain, offset = (None if t is None else t[:, columns] for t in (self.gain, self.offset))
         return Plane(self.written[columns], self.cells[columns], self.unit, gain, offset, self.significance)
 
+    @property
+    def held(self) -> torch.Tensor:
+        """What the cells hold but for their spread, `(out, groups, rows)`: what was written, where none is stuck."""
+        return self.cells.sign()
+
     @cached_property
     def digits(self) -> list[torch.Tensor]:
         """The cells as int8 digits, the high one first: `256 * high + low`, or one digit where cells are whole."""

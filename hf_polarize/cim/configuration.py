@@ -263,8 +263,12 @@ class CIMConfig:
 
     @property
     def static_variance(self) -> float:
-        """Variance of an active cell in units of a nominal one, stuck cells included."""
-        return self.cell_mismatch**2 + self.log_drift_spread**2 + self.stuck_at_zero + self.stuck_at_one
+        """
+        Variance of an active cell in units of the average one: mismatch, spread of drift, and its place on the wire.
+
+        Stuck cells are off by whole counts; they are not in it.
+        """
+        return self.cell_mismatch**2 + self.log_drift_spread**2 + self.ir_drop**2 / 12
 
     def covers(self, layer: str) -> bool:
         """Whether a layer of this name is on the chip."""

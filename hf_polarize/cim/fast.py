@@ -23,10 +23,18 @@ SAMPLED_TOKENS, SAMPLED_COLUMNS = 64, 64
 """What of a layer is run by the exact model to fit and to judge the fast one."""
 LARGEST_SLOPE = 0.05
 """Share of the error that may follow the output (clipping, a dead zone) before the fast model is refused."""
+LARGEST_LASTING = 0.1
+"""Share of the error that may be the same for all inputs."""
 LARGEST_KURTOSIS = 0.6
 """Excess kurtosis of the error above which a normal one differs: by Edgeworth, 0.023 of it is the distance of KS."""
+LARGEST_MISMATCH = 0.04
+"""How far the standard deviation of all errors of the sample, those of its cells included, may be off."""
+LARGEST_DISTANCE = 0.03
+"""Distance (Kolmogorov-Smirnov) of the sample's errors from the fast model's; 0.02 may be by chance."""
 LARGEST_DEVIATION = 0.2
 """How far the error of tokens with few large values may be off."""
+REACH = 5.0
+"""Standard deviations up to which the offsets of columns are told apart."""
 PAIRS = 16384
 """Random pairs of readings that say how far copies of a plane err together."""
 LARGEST_WHOLE = 127 * 256 + 127
@@ -51,6 +59,27 @@ def _moments_by_rows(converter: Converter | None, cells: float, config: CIMConfi
         return torch.from_numpy(np.interp(wanted, some, values[:, 0].numpy()))
 
     return ReadMoments(*map(between, (known.bias, known.kappa, known.variance, known.static)))
+
+
+def _some_offsets(converter: Converter | None, config: CIMConfig) -> torch.Tensor:
+    """Return the offsets of columns for which readings are computed, in counts, float64: for others interpolated."""
+    reach = REACH * config.column_offset
+    step = min(config.column_offset / 4, math.inf if converter is None else converter.step / 32)
+    points = 2 * min(400, math.ceil(reach / step)) + 1 if step else 1
+    return torch.linspace(-reach, reach, points, dtype=torch.float64)
+
+
+@lru_cache(maxsize=1024)
+def _bias_by_offset(converter: Converter | None, cells: float, config: CIMConfig) -> torch.Tensor:
+    """Return the mean error of a plane's readings for each of some offsets and 0, 1, ... driven rows, float64."""
+    some = _some_numbers(config.rows)
+    driven, density = torch.tensor(some), torch.tensor([cells], dtype=torch.float64)
+    alone = config.replace(column_offset=0.0)
+    biases = [
+        read_moments(converter, driven, density, alone, offset).bias[:, 0].numpy()
+        for offset in _some_offsets(converter, config).tolist()
+    ]
+    return torch.from_numpy(np.stack([np.interp(np.arange(config.rows + 1), some, bias) for bias in biases]))
 
 
 @lru_cache(maxsize=64)
@@ -228,7 +257,9 @@ class TypicalReadings:
         inputs (`torch.Tensor` of shape `(tokens, in)`): integers, those of normal numbers.
         coefficients (`torch.Tensor` of shape `(planes of inputs,)`): their significances, float64.
         kappa (`torch.Tensor` of shape `(planes,)`): how far readings of each plane of the weight follow its cells.
-        bias (`float`): of an output, for a scale of 1.
+        offsets (`torch.Tensor` of shape `(points,)`): of a column, in counts, float64.
+        biases (`torch.Tensor` of shape `(planes, points)`): what a column of each plane with such an offset adds to an
+            output, for a scale and a significance of 1, float64. An ADC swallows what is small beside its steps.
         each (`torch.Tensor` of shape `(rows + 1,)`): variance of all readings of one plane of inputs that drives so
             many rows, for a scale of 1, float64.
         variance (`float`): of an output, for one group with a scale of 1.
@@ -237,9 +268,16 @@ class TypicalReadings:
     inputs: torch.Tensor
     coefficients: torch.Tensor
     kappa: torch.Tensor
-    bias: float
+    offsets: torch.Tensor
+    biases: torch.Tensor
     each: torch.Tensor
     variance: float
+
+    def over_columns(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the mean over columns, whose offsets are normal, of values `(..., points)` at the offsets."""
+        sigma = max(float(self.offsets[-1]), 1e-30) / REACH
+        weights = torch.exp(-0.5 * (self.offsets / sigma).square())
+        return values @ (weights / weights.sum())
 
 
 def typical_readings(
@@ -271,8 +309,9 @@ def typical_readings(
     following = coefficients.square() @ often @ (moments.static + 1e-30)
     kappa = coefficients.square() @ often @ (moments.kappa * (moments.static + 1e-30)) / following
     each = (moments.variance + (moments.kappa - kappa).square() * moments.static) @ significance.square()
+    biases = torch.stack([_bias_by_offset(converter, density, config) @ often.T @ coefficients for density in cells])
     return TypicalReadings(
-        q, coefficients, kappa, float(coefficients @ often @ moments.bias @ significance), each,
+        q, coefficients, kappa, _some_offsets(converter, config), biases, each,
         float(coefficients.square() @ often @ each),
     )  # fmt: skip
 
@@ -300,21 +339,23 @@ def fast_array(
         The fast model, and why it is not valid here, or `None`.
     """
     significance = torch.tensor([plane.significance for plane in planes], dtype=torch.float64)
-    cells = [round(float((plane.written != 0).double().mean()), 2) for plane in planes]
+    cells = [round(float((plane.cells != 0).double().mean()), 2) for plane in planes]
     kind_of_chip = config.replace(chip_seed=0, read_seed=0, layers=None, ranges={})
     typical = typical_readings(cells, significance, in_features, converter, kind_of_chip)
     q, coefficients = typical.inputs, typical.coefficients
-    kappa, bias, each, variance = typical.kappa, typical.bias, typical.each, typical.variance
+    kappa, each, variance = typical.kappa, typical.each, typical.variance
+    bias = float(typical.over_columns(typical.biases) @ significance)
 
-    factor = nominal_factor(config, scale.device)
-    total, offset = torch.zeros(planes[0].cells.shape, device=scale.device), torch.full_like(scale, bias)
-    for plane, k in zip(planes, kappa.tolist(), strict=True):
+    factor = float(nominal_factor(config, scale.device).mean())
+    total, offset = torch.zeros(planes[0].cells.shape, device=scale.device), torch.zeros_like(scale)
+    for plane, k, biases in zip(planes, kappa.tolist(), typical.biases.numpy(), strict=True):
         made = plane.cells.float() * plane.unit
         if plane.gain is not None:
             made *= plane.gain.T[..., None]
-        total += plane.significance * (k * made + (1 - k) * factor * plane.written)
-        if plane.offset is not None:
-            offset += plane.significance * k * float(coefficients.sum()) * plane.offset.T
+        total += plane.significance * (k * made + (1 - k) * factor * plane.held)
+        of_columns = np.zeros(1) if plane.offset is None else plane.offset.T.cpu().numpy()
+        own = torch.from_numpy(np.interp(of_columns, typical.offsets.numpy(), biases).astype(np.float32))
+        offset += plane.significance * own.to(scale.device)
     weight = (total * scale[..., None]).flatten(1)[:, :in_features].contiguous()
     std = scale.double().square().sum(1).sqrt() * math.sqrt(variance)
     weights = scale.double().square().mean(0).cpu()
@@ -348,6 +389,7 @@ def _fit(
     expected = q.double() @ fast.weight[columns].double().T + fast.offset[columns]
     error = (exact - expected) / (fast.loudness(q) * fast.std[columns]).clamp(min=1e-30)
     expected, error, rare = expected[: len(typical)], error[: len(typical)], error[len(typical) :]
+    lasting = float(error.mean(0).var() / error.var()) - 1 / len(error)
     spread = float(error.square().mean().sqrt())
     fast.std *= spread
     if spread == 0:
@@ -356,14 +398,30 @@ def _fit(
     slope = float(torch.corrcoef(torch.stack([error.flatten(), expected.flatten()]))[0, 1].square())
     if slope > LARGEST_SLOPE:
         return f"{100 * slope:.0f} % of the error follows the output (clipping, or a dead zone around 0)"
+    if lasting > LARGEST_LASTING:
+        return f"{100 * lasting:.0f} % of the error is one of columns, for all inputs (offsets that an ADC swallows)"
     nominal = sum(plane.significance * nominal_factor(config, scale.device) * plane.written for plane in few)
     nominal = (nominal * scale[columns][..., None]).flatten(1)[:, : q.shape[1]]  # type: ignore[union-attr]
     static = (q[: len(typical)].double() @ (fast.weight[columns] - nominal).double().T) / fast.std[columns]
+    off = float((error / spread + static).square().mean() / (1 + static.square().mean())) ** 0.5 - 1
+    if abs(off) > LARGEST_MISMATCH:
+        return f"readings do not follow the errors of cells as usual: all errors are {100 * off:+.0f} % off"
+    distance = _distance(error / spread, static)
     share = 1 / (1 + float(static.square().mean()))
     kurtosis = share**2 * (float((error / spread).square().square().mean()) - 3)
     if kurtosis > LARGEST_KURTOSIS:
         return f"readings err too seldom for normal noise (excess kurtosis {kurtosis:.1f})"
+    if distance > LARGEST_DISTANCE:
+        return f"errors are not normal (a distance of {distance:.3f} by Kolmogorov and Smirnov)"
     deviation = ((share * float(rare.square().mean()) / spread**2 + 1 - share) ** 0.5) - 1
     if abs(deviation) > LARGEST_DEVIATION:
         return f"errors of tokens with few large values are {100 * deviation:+.0f} % off"
     return None
+
+
+def _distance(noise: torch.Tensor, static: torch.Tensor) -> float:
+    """Return the Kolmogorov-Smirnov distance of the errors `static + noise` from those with normal noise."""
+    errors = (static + noise).flatten()
+    points = torch.quantile(errors, torch.linspace(0.03, 0.97, 33, dtype=errors.dtype, device=errors.device))
+    expected = torch.special.ndtr(points - static.flatten()[:, None]).mean(0)
+    return float(((errors[:, None] <= points).double().mean(0) - expected).abs().max())

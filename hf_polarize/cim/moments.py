@@ -76,6 +76,7 @@ def read_moments(
     driven: torch.Tensor,
     weights: torch.Tensor,
     config: CIMConfig,
+    offset: float = 0.0,
 ) -> ReadMoments:
     """
     Return the moments of the readings of all weight planes, for some numbers of driven rows.
@@ -85,6 +86,7 @@ def read_moments(
         driven (`torch.Tensor` of shape `(numbers of rows,)`): rows of a group that an input plane drives, int64.
         weights (`torch.Tensor` of shape `(weight planes,)`): how often the cells of each plane are not zero, float64.
         config ([`CIMConfig`]): of the chip.
+        offset (`float`, defaults to 0): of all columns, in counts, beside those of `config`; part of the bias.
     """
     shape = (len(driven), len(weights))
     counts, p, active = count_distribution(
@@ -102,9 +104,10 @@ def read_moments(
     m = mean(static)
     std = (static + random).clamp(min=1e-18).sqrt()
     if converter is None:
-        first, second, kappa = torch.zeros_like(counts), std.square(), torch.ones_like(m)
+        first, kappa = torch.full_like(counts, offset), torch.ones_like(m)
+        second = std.square() + offset**2
     else:
-        codes, chance, slopes = _conversion(counts, std, converter)
+        codes, chance, slopes = _conversion(counts + offset, std, converter)
         error = codes - counts[..., None]
         first, second = (chance * error).sum(-1), (chance * error.square()).sum(-1)
         kappa = torch.where(m > 0, mean(slopes * static) / m.clamp(min=1e-300), 1.0)

@@ -126,7 +126,10 @@ def weight_code(config: CIMConfig, levels: torch.Tensor) -> WeightCode:
             `"quiet"` have integers of their own instead, -largest..largest.
     """
     if config.on_grid:
-        variance = config.static_variance if config.mapping == "quiet" else 0.0
+        # an active cell errs by its spread and where it is stuck at 0; stuck at 1 it is right, and one that is 0 isn't
+        stuck = config.stuck_at_zero + (config.stuck_at_one if config.signed else -config.stuck_at_one)
+        spread = config.cell_mismatch**2 + config.log_drift_spread**2
+        variance = spread + stuck if config.mapping == "quiet" else 0.0
         return _grid_code(config.weight_bits, config.encoding, variance)
     levels = levels.cpu()
     if len(levels) != 16:

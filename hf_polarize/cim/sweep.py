@@ -22,7 +22,7 @@ from ..backbone import weight_matrix
 from ..calibration import Statistics, layer_statistics
 from ..checkpoint import prepare_folder, save_polarized, write_json
 from ..configuration import SurrogateConfig
-from ..deflation import calibrate_to_chip
+from ..deflation import fit_to_chip
 from ..distillation import teacher_dataset
 from ..evaluation import HeldOut
 from ..models import Batch
@@ -35,7 +35,7 @@ from ..sources import load_data
 from .configuration import CIMConfig
 from .hook import attach_cim
 
-BACKBONE, CLOSED, DEFLATED, TRAINED, PER_CHIP, WRITTEN = SWEPT
+BACKBONE, CLOSED, DEFLATED, TRAINED, PER_CHIP, TRAINED_PER_CHIP, WRITTEN = SWEPT
 
 
 def settings(recipe: Recipe) -> Iterator[dict[str, Any]]:
@@ -100,9 +100,10 @@ def sweep_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     if not any(seeds for *_, seeds in tasks):  # tables and plots are what is left to do
         write_sweep(folder, record, recipe, command)
         return record
-    trained = record.setdefault("trained", TRAINED in recipe.sweep_methods)
-    if TRAINED in recipe.sweep_methods and not trained:
-        raise ValueError(f'"{path}" was begun without "{TRAINED}", on less text: choose another output_dir')
+    training = bool({TRAINED, TRAINED_PER_CHIP} & set(recipe.sweep_methods))
+    trained = record.setdefault("trained", training)
+    if training and not trained:
+        raise ValueError(f'"{path}" was begun without training, on less text: choose another output_dir')
     calibration, evaluation = [load_data(name) for name in recipe.sources], load_data(recipe.evaluation)
     model, processor = load_model(recipe)
     make_plan(model, recipe.polarize_config(), SurrogateConfig(r=max(rank for _, _, rank in wanted.values())))
@@ -180,7 +181,7 @@ class _Means:
         copied = copy.deepcopy(self.model)
         plan = make_plan(copied, config, replace(self.recipe, r=rank, rank_pattern=None).surrogate_config())
         closed_form = replace(self.recipe.closed_form(), deflated=deflated)
-        keep_losses = TRAINED in self.recipe.sweep_methods and bool(self.recipe.layer_weight)
+        keep_losses = self.recipe.train is not None and bool(self.recipe.layer_weight)
         outcome = carry_out(copied, plan, [self.statistics], closed_form, self.yardstick, keep_losses)
         copied.layer_losses = outcome.losses
         return copied
@@ -215,18 +216,18 @@ def _measure_chips(means: _Means, method: str, chip: CIMConfig, rank: int, seeds
             with rounded_backbone(model, plan, batches):
                 measure(model, seed)
         return
-    if method == TRAINED:
+    if method in (TRAINED, TRAINED_PER_CHIP):
         copied = means.trained(chip, rank)
     else:
         copied = copy.deepcopy(means.polarized(chip, rank, method != CLOSED))
     weights = {}
-    if method in (PER_CHIP, WRITTEN):
+    if method in (PER_CHIP, TRAINED_PER_CHIP, WRITTEN):
         weights = {name: weight_matrix(module).detach() for name, module in plan.layers.items()}
     for seed in seeds:
-        one = copy.deepcopy(copied) if method == WRITTEN else copied  # else its codes would be those of the last chip
+        one = copy.deepcopy(copied) if weights else copied  # else it would be what suits the last chip
         attach_cim(one, chip.replace(chip_seed=seed), batches)
         if weights:
-            calibrate_to_chip(one, weights, means.statistics, codes=method == WRITTEN)
+            fit_to_chip(one, weights, means.statistics, recipe.two_sided, codes=method == WRITTEN)
         measure(one, seed)
 
 

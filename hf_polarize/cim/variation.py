@@ -33,8 +33,8 @@ class ChipMoments:
         reading (`torch.Tensor` of shape `(out,)`): variance of an output for typical integer inputs from reading to
             reading: noise, and what the ADC rounds off.
         offset (`torch.Tensor` of shape `(out,)`): variance of an output over chips that the offsets of columns make,
-            `sum_g scale_g^2 S_w s_x^2 offset^2`, with S_w the sum of the squared significances of the planes of the
-            weight, s_x the sum of those of the inputs.
+            the sum over planes and groups of `(scale_g significance)^2 Var(bias)`, with the bias of
+            [`~hf_polarize.cim.fast.TypicalReadings`] over normal offsets.
     """
 
     mean: torch.Tensor
@@ -62,18 +62,21 @@ def chip_moments(layer: BackboneLayer, config: CIMConfig) -> ChipMoments:
     )  # fmt: skip
     works, one = 1 - config.stuck_at_zero - config.stuck_at_one, config.stuck_at_one
     cells = code.cells.double()
-    drifted = config.log_drift_spread**2  # of a log-normal factor
-    usual = (works * cells + (0 if config.signed else one)) * math.exp(drifted / 2)  # stuck at 1, or at 1 and -1
-    square = (works * cells.square() + one) * (1 + config.cell_mismatch**2) * math.exp(2 * drifted)
-    square = square * (1 + config.column_gain**2)
+    held, square = works * cells + (0 if config.signed else one), works * cells.square() + one  # stuck at 1, or +-1
+    drifted = config.log_drift_spread**2  # of a log-normal factor; once is its mean, twice its mean square
+    once, twice = math.exp(drifted / 2), math.exp(2 * drifted) * (1 + config.cell_mismatch**2)
+    twice *= 1 + config.column_gain**2
     kappa, squared = typical.kappa, code.significance.square()
-    values = ((kappa * usual + (1 - kappa) * cells) @ code.significance).float().to(scale.device)
-    spread = ((kappa.square() * (square - usual.square())) @ squared).float().to(scale.device)
+    usual = held * (1 + kappa * (once - 1))  # readings follow stuck cells, and the spread of cells by kappa
+    square = square * (1 + 2 * kappa * (once - 1) + kappa.square() * (twice - 2 * once + 1))
+    values = (usual @ code.significance).float().to(scale.device)
+    spread = ((square - usual.square()) @ squared).float().to(scale.device)
     wires = nominal_factor(config, scale.device) / config.drift
     mean = values[indices] * scale[..., None] * wires
     variance = spread[indices] * (scale[..., None] * wires).square()
     counts = (scale / config.drift).square().sum(1)
-    offset = float(typical.coefficients.sum() ** 2 * (kappa.square() @ squared)) * config.column_offset**2
+    around = typical.biases - typical.over_columns(typical.biases)[:, None]
+    offset = float(typical.over_columns(around.square()) @ squared)
     return ChipMoments(
         mean.flatten(1)[:, : layer.in_features], variance.flatten(1)[:, : layer.in_features],
         counts * typical.variance, counts * offset,
