@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from hf_polarize import CIMConfig
 from hf_polarize.card import model_card
 from hf_polarize.cim.configuration import PRESETS
-from hf_polarize.cim.energy_report import accuracy_against_energy
+from hf_polarize.cim.energy_report import accuracy_against_energy, pareto_front
 from hf_polarize.cim.sweep import setting_of, settings, summary
 from hf_polarize.cli import main
 from hf_polarize.inspection import inspect_checkpoint
@@ -56,8 +56,8 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
     assert main(["cim", "sweep", recipe]) == 0
     folder = tmp_path / "out"
     record = json.loads((folder / "sweep.json").read_text())
-    assert len(record["results"]) == 5 * 6 * 2  # settings, methods, chips
-    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 60
+    assert len(record["results"]) == 5 * 7 * 2  # settings, methods, chips
+    assert len((folder / "sweep.csv").read_text().splitlines()) == 1 + 5 * 7 * 2
     assert (folder / "loss_against_mismatch.png").stat().st_size > 5000
     assert "| mismatch=0.3 | deflated | 2 |" in (folder / "sweep.md").read_text()
     with (folder / "summary.csv").open(newline="") as file:
@@ -91,7 +91,7 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
     few = ["sweep_methods=[backbone alone]", f"output_dir={tmp_path / 'few'}", "sweep=[]"]
     assert main(["cim", "sweep", recipe, *few]) == 0
     assert main(["cim", "sweep", recipe, *few, 'sweep_methods=[deflated, "deflated, trained"]']) == 1
-    assert 'was begun without "deflated, trained"' in capsys.readouterr().err
+    assert 'was begun without training' in capsys.readouterr().err
 
     assert main(["cim", "sweep", recipe, "cim=nvm"]) == 1
     assert "is of a recipe with other cim" in capsys.readouterr().err
@@ -101,6 +101,7 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
         for better, worse in itertools.pairwise(("deflated", "closed form", "backbone alone")):
             assert rows[label, better]["kl"] < rows[label, worse]["kl"]
         assert rows[label, "deflated, trained"]["kl"] < rows[label, "closed form"]["kl"]
+        assert rows[label, "deflated, trained, per chip"]["kl"] < rows[label, "closed form"]["kl"]
         assert rows[label, "deflated, written per chip"]["kl"] < rows[label, "deflated, per chip"]["kl"]
     assert rows["mismatch=0.1", "backbone alone"]["kl"] < rows["mismatch=0.3", "backbone alone"]["kl"]
     for rank, method in ((2, "backbone alone"), (4, "deflated"), (4, "deflated, written per chip")):
@@ -113,10 +114,14 @@ def test_a_sweep_and_its_resumption(recipe, tmp_path, capsys):
         return SimpleNamespace(total=(rank, deflated))
 
     points = accuracy_against_energy(record, load_recipe(recipe), bill)
-    assert [energy for _, energy, _ in points["backbone alone"]] == [(0, False)]
-    assert [energy for _, energy, _ in points["closed form"]] == [(2, False), (4, False)]
-    assert [energy for _, energy, _ in points["deflated, trained"]] == [(2, True), (4, True)]
+    assert [energy for _, energy, *_ in points["backbone alone"]] == [(0, False)]
+    assert [energy for _, energy, *_ in points["closed form"]] == [(2, False), (4, False)]
+    assert [energy for _, energy, *_ in points["deflated, trained"]] == [(2, True), (4, True)]
     assert accuracy_against_energy(record, load_recipe(recipe, ["cim=nvm"]), bill) == {}
+
+
+def test_a_pareto_front_holds_what_nothing_beats():
+    assert pareto_front([(3, 1.0), (1, 2.0), (2, 2.5), (2, 1.5), (4, 1.0)]) == [(1, 2.0), (2, 1.5), (3, 1.0)]
 
 
 @pytest.mark.parametrize(

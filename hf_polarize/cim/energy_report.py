@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from transformers.utils import logging
@@ -123,8 +124,12 @@ def _constants(chip: CIMConfig, assumed: EnergyConfig) -> dict[str, Constant]:
 
 def accuracy_against_energy(
     sweep: dict[str, Any], recipe: Recipe, at: Callable[[int, bool], Bill]
-) -> dict[str, list[tuple[int, float, float]]]:
-    """Return (rank, energy per token, mean loss) of each method, by rank, if the sweep was of this model and chip."""
+) -> dict[str, list[tuple[int, float, float, float]]]:
+    """
+    Return (rank, energy per token, mean loss, its standard deviation over chips) of each method, by rank.
+
+    Nothing, with a warning, if the sweep was of another model or chip.
+    """
     now, then = asdict(recipe), sweep["recipe"]
     other = [key for key in ("model", "backbone", "cim", "modules_to_not_convert") if then.get(key) != now[key]]
     if other:
@@ -137,7 +142,7 @@ def accuracy_against_energy(
             points.setdefault(row["method"], {}).setdefault(rank, []).append(row["loss"])
     return {
         method: [
-            (rank, at(rank, method.startswith(DEFLATED)).total, sum(losses) / len(losses))
+            (rank, at(rank, method.startswith(DEFLATED)).total, fmean(losses), stdev(losses) if losses[1:] else 0.0)
             for rank, losses in sorted(by_rank.items())
         ]
         for method, by_rank in points.items()
@@ -163,15 +168,27 @@ def _plot_nodes(at_node: dict[int, Bill], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _plot_pareto(points: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
+def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return those (energy, loss) that no other one beats in both, by energy."""
+    front: list[tuple[float, float]] = []
+    for energy, loss in sorted(points):
+        if not front or loss < front[-1][1]:
+            front.append((energy, loss))
+    return front
+
+
+def _plot_pareto(points: dict[str, list[tuple[int, float, float, float]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.8), layout="constrained")
     axis = figure.subplots()
     for method, line in points.items():
-        axis.plot([x * 1e-6 for _, x, _ in line], [y for *_, y in line], "o-", label=method, markersize=4)
-        for rank, x, y in line:
-            axis.annotate(f"r={rank}", (x * 1e-6, y), xytext=(3, 4), textcoords="offset points", fontsize=8)
+        energies, losses, bars = [1e-6 * x for _, x, *_ in line], [y for *_, y, _ in line], [bar for *_, bar in line]
+        axis.errorbar(energies, losses, bars, fmt="o-", label=f"{method} (± over chips)", markersize=4, capsize=3)
+        for (rank, *_), x, y in zip(line, energies, losses, strict=True):
+            axis.annotate(f"r={rank}", (x, y), xytext=(3, 4), textcoords="offset points", fontsize=8)
+    front = pareto_front([(1e-6 * x, y) for line in points.values() for _, x, y, _ in line])
+    axis.step(*zip(*front, strict=True), where="post", color="0.4", linestyle=":", label="Pareto front")
     axis.set_xlabel("µJ per token")
     axis.set_ylabel("loss, nats per token")
     axis.grid(alpha=0.3)
