@@ -60,7 +60,7 @@ It then runs{which} on a simulated compute-in-memory chip, and the results below
 
 ```python
 chip = hf_polarize.CIMConfig.from_dict({chip})
-hf_polarize.attach_cim(model, chip.replace(chip_seed=1))  # another chip of its kind
+hf_polarize.attach_cim(model, chip.replace(chip_seed=1))  # another chip of its kind{note}
 hf_polarize.detach_cim(model)  # none, as without hf_polarize
 ```
 """
@@ -116,7 +116,13 @@ def model_card(info: CheckpointInfo, repo_id: str) -> ModelCard:
         extras=f"inputs of the backbone are rounded to {backbone['activations'].upper()}, "
         if backbone.get("activations")
         else "",
-        chip="" if info.chip is None else CHIP.format(chip=info.chip, which=" deflated" if info.deflated else ""),
+        chip=""
+        if info.chip is None
+        else CHIP.format(
+            chip=info.chip,
+            which=" deflated" if info.deflated else "",
+            note=", worse: the model was fitted to this one" if "chip" in provenance else "",
+        ),
         size=size_table(info),
         results=f"## Results\n\n{results_table(results)}\n\n{results.get('protocol', '')}" if results else "",
         provenance=_provenance(provenance),
@@ -153,7 +159,11 @@ def _provenance(provenance: dict[str, Any]) -> str:
         for source in str(calibration.get("source")).split(" + ")
     )
     weights = f"The original's weights are those of {provenance['weights']}. " if "weights" in provenance else ""
+    fitted = ""
+    if "chip" in provenance:
+        written = ", codes written for its cells" if provenance["chip"]["codes"] else ""
+        fitted = f" Then fitted to the chip of seed {provenance['chip']['chip_seed']} alone{written}."
     return (
         f"{weights}Calibrated on {amount} of {text} (seed {calibration.get('seed')}); {provenance.get('method')}; "
-        f"{provenance.get('seconds')} seconds."
+        f"{provenance.get('seconds')} seconds.{fitted}"
     )

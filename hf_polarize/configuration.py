@@ -321,7 +321,8 @@ class ClosedForm:
                 raise ValueError(f"{name} must be at least 0; got {getattr(self, name)}")
         if self.r_max < 1:
             raise ValueError(f"r_max must be at least 1; got {self.r_max}")
-        if self.chooses and not (self.gradients and self.held_out):
+        blind = (self.two_sided or self.chooses) and not self.gradients
+        if blind or (self.chooses and not self.held_out):
             raise ValueError(
                 'two_sided and allocation="sensitivity" need gradients, and held_out of at least 1; got '
                 f"gradients={self.gradients} and held_out={self.held_out}"

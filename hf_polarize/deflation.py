@@ -9,7 +9,8 @@ the array, or the rounding of its inputs, never sees the few directions that car
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .backbone import backbone_layers
+from .backbone import backbone_layers, weight_matrix
 from .calibration import Statistics
 from .cim.configuration import CIMConfig
 from .cim.fast import FastArray
@@ -27,9 +28,12 @@ from .cim.variation import chip_moments
 from .compensation import OUTPUT_DAMPING, Compensation, damped
 from .configuration import ClosedForm, PolarizeConfig
 from .formats import BackboneLayer
+from .models import Batch
 from .requantization import requantize
 from .rounding import Covariance
-from .surrogate import core_model, factors, surrogates
+from .surrogate import core_model, factors, surrogate_adapter, surrogates
+
+logger = logging.get_logger(__name__)
 
 CREST = 6.0
 """Largest magnitude of a deflated token by its root mean square, for the noise that is proportional to it."""
@@ -260,9 +264,9 @@ def deflated_on_chip(model: nn.Module) -> dict[str, BackboneLayer]:
     Return the layers on a chip that have a surrogate beside them, by name.
 
     Raises:
-        ValueError: If one of them is not deflated, or there is none.
+        ValueError: If one of them is not deflated, there is none, or the model has several adapters of surrogates.
     """
-    core = core_model(model)
+    core, _ = core_model(model), surrogate_adapter(model)
     bases = {name: core.get_submodule(name).get_base_layer() for name in factors(core)}  # type: ignore[operator]
     on_chip: dict[str, BackboneLayer] = {name: layer for name, layer in bases.items() if layer.chip is not None}
     plain = [name for name, layer in on_chip.items() if layer.deflation is None]
@@ -272,11 +276,11 @@ def deflated_on_chip(model: nn.Module) -> dict[str, BackboneLayer]:
     return on_chip
 
 
-@torch.no_grad()
 def fit_to_chip(
     model: nn.Module,
-    weights: Mapping[str, torch.Tensor],
-    statistics: Mapping[str, Statistics],
+    originals: Mapping[str, nn.Module],
+    statistics: Iterable[Mapping[str, Statistics]],
+    batches: Sequence[Batch],
     two_sided: bool = False,
     codes: bool = False,
 ) -> None:
@@ -285,42 +289,65 @@ def fit_to_chip(
 
     The static error of that chip, measured, takes the place of its variance over chips: E = W - W_chip, c of readings
     and of the offsets of its columns. What training has made of B stays: the weight that is aimed at is W + D A, where
-    D is what B has beyond the (W - Q) R of the closed form. The backbone stays as it is, unless its codes are chosen
-    anew as well. Those are right on that chip only: elsewhere, and off any chip, the model is the worse for them.
+    D is what B has beyond the (W - Q) R of the closed form; so a model is fitted once. The backbone stays as it is,
+    unless its codes are chosen anew as well. Those are right on that chip only: elsewhere, and off any chip, the model
+    is the worse for them.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): deflated and on a chip; A, R and B are changed in place.
-        weights (`Mapping[str, torch.Tensor]`): W `(out, in)` of the original's layers, by name.
-        statistics (`Mapping[str, Statistics]`): of [`~hf_polarize.calibration.layer_statistics`], for the layers to
-            solve.
-        two_sided (`bool`, defaults to `False`): weigh output errors by their G.
+        originals (`Mapping[str, nn.Module]`): the original's layers, by name, with W `(out, in)`.
+        statistics (`Iterable[Mapping[str, Statistics]]`): of [`~hf_polarize.calibration.layer_statistics`]. A layer
+            that is in none of them is fitted as one whose inputs all count alike.
+        batches (`Sequence[dict[str, torch.Tensor]]`): to measure ranges of ADCs anew, where those are measured.
+        two_sided (`bool`, defaults to `False`): weigh output errors by the G of the statistics.
         codes (`bool`, defaults to `False`): choose codes by what each cell makes of them, with
             [`~hf_polarize.cim.programming.codes_for_cells`]. It takes a chip whose cells were measured one by one.
 
     Raises:
         ValueError: If a layer is not deflated, or none is on a chip.
     """
-    core = core_model(model)
+    core, left = core_model(model), deflated_on_chip(model)
+    exact = [(name, layer.chip.reason) for name, layer in left.items() if layer.chip.reason is not None]
+    if exact:
+        logger.warning(
+            f"cim: a chip is measured by the weights of its fast model, which is not valid for {len(exact)} layers, "
+            f"among them {exact[0][0]} ({exact[0][1]}): they are fitted to less than what the chip does"
+        )
     config: PolarizeConfig = core.config.quantization_config
-    pairs = factors(core)
-    found = {name: layer for name, layer in deflated_on_chip(model).items() if name in statistics}
-    for name, layer in logging.tqdm(found.items(), desc="fitting to the chip", unit="layer"):
-        (a, b), known, w = pairs[name], statistics[name], weights[name].double()
-        beyond = b.double() - (w - layer.dequantized().double()) @ layer.deflation.r.double()
-        w = w + beyond @ a.double()
-        known = known if two_sided else replace(known, g=None)
-        first, r = _path_on_chip(layer, w, known, len(a), config)
-        if codes:
-            rest = torch.eye(w.shape[1], dtype=w.dtype, device=w.device) - r @ first
-            seen = Covariance(damped(rest @ damped(known.h) @ rest.T))
-            chip: CIMConfig = layer.chip.config
-            layer.store(codes_for_cells(layer, name, w, seen, chip), layer.block_scales())
-            layer.chip = OnChip(layer, name, chip)
-            first, r = _path_on_chip(layer, w, known, len(a), config)
-        a.copy_(first)
-        b.copy_((w - layer.dequantized().double()) @ r)
-        layer.deflation.r = r
-        layer.deflation.refresh(layer)
+    chip: CIMConfig = config.cim  # type: ignore[assignment]
+    with logging.tqdm(total=len(left), desc="fitting to the chip", unit="layer") as bar:
+        for part in itertools.chain(statistics, [None]):  # at last those that no token reached
+            for name in [name for name in left if part is None or name in part]:
+                known = Statistics.unseen(originals[name]) if part is None else part[name]
+                weight = weight_matrix(originals[name]).double()
+                known = known if two_sided else replace(known, g=None)
+                _fit_layer(left.pop(name), name, weight, known, codes, config)
+                bar.update()
+    if chip.adc_range != "full":
+        attach_cim(model, chip.replace(ranges={}), batches)
+
+
+@torch.no_grad()
+def _fit_layer(
+    layer: BackboneLayer, name: str, weight: torch.Tensor, known: Statistics, codes: bool, config: PolarizeConfig
+) -> None:
+    """Fit A, R and B of one layer to its chip, and with `codes` what is written."""
+    deflation: Deflation = layer.deflation
+    a, b = (getattr(deflation.surrogate, part)[deflation.adapter].weight for part in ("lora_A", "lora_B"))
+    beyond = b.double() - (weight - layer.dequantized().double()) @ deflation.r.double()
+    weight = weight + beyond @ a.double()
+    first, r = _path_on_chip(layer, weight, known, len(a), config)
+    if codes:
+        rest = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device) - r @ first
+        seen = Covariance(damped(rest @ damped(known.h) @ rest.T))
+        chip: CIMConfig = layer.chip.config
+        layer.store(codes_for_cells(layer, name, weight, seen, chip), layer.block_scales())
+        layer.chip = OnChip(layer, name, chip)
+        first, r = _path_on_chip(layer, weight, known, len(a), config)
+    a.copy_(first)
+    b.copy_((weight - layer.dequantized().double()) @ r)
+    deflation.r = r
+    deflation.refresh(layer)
 
 
 def _path_on_chip(
@@ -330,7 +357,7 @@ def _path_on_chip(
     g = None if known.g is None else damped(known.g, OUTPUT_DAMPING)
     any_chip = Execution.of(layer, config)
     fast: FastArray = layer.chip.fast
-    offset = (fast.offset - fast.bias).double().square() * per_integer(layer.chip.config)
+    offset = fast.offset.double().square() * per_integer(layer.chip.config)
     this = replace(any_chip, weight=fast.weight.double(), variance=torch.zeros_like(weight), offset=offset)
     a, r, _ = deflating_path(this.metric(weight, g), damped(known.h), rank)
     return a, r

@@ -22,6 +22,9 @@ from .formats import BackboneLayer
 
 logger = logging.get_logger(__name__)
 
+LARGEST_ERROR = 0.5
+"""Relative error above which a backbone is of other weights; NF4's own is 0.1, that of unrelated weights 1.4."""
+
 
 @dataclass
 class Plan:
@@ -131,17 +134,27 @@ def check_original(original: PreTrainedModel, model: PreTrainedModel, backbone: 
     check_unquantized(original)
     if type(original) is not type(model):
         raise ValueError(f"the original is a {type(original).__name__}, the model a {type(model).__name__}")
+    modules = dict(original.named_modules())
     for name, layer in backbone.items():
-        shape = tuple(weight_matrix(original.get_submodule(name)).shape)
+        if name not in modules:
+            raise ValueError(f"the original has no {name}: that is another model")
+        shape = tuple(weight_matrix(modules[name]).shape)
         if shape != (layer.out_features, layer.in_features):
             raise ValueError(
                 f"{name} is {layer.out_features} x {layer.in_features} in the model and {shape[0]} x {shape[1]} in "
                 "its original: that is another model"
             )
-        if original.get_submodule(name).weight.device != layer.weight.device:
+        if modules[name].weight.device != layer.weight.device:
             raise ValueError(
-                f"{name} is on {layer.weight.device} in the model and on {original.get_submodule(name).weight.device} "
+                f"{name} is on {layer.weight.device} in the model and on {modules[name].weight.device} "
                 "in its original: move the original there"
+            )
+        weight = weight_matrix(modules[name]).detach().float()
+        error = float((weight - layer.dequantized().float()).norm() / weight.norm().clamp(min=1e-30))
+        if error > LARGEST_ERROR:
+            raise ValueError(
+                f"{name} of the model is {100 * error:.0f} % off that of the original: that is another model, or one "
+                "whose codes were written for a chip of bad cells"
             )
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
-from .backbone import weight_matrix
 from .calibration import MEMORY_LIMIT, layer_statistics
 from .cim.hook import attach_cim
 from .compensation import Compensation
@@ -24,6 +24,8 @@ from .models import Batch, is_text_model
 from .plan import check_original, make_plan
 from .solver import carry_out
 from .surrogate import core_model
+
+logger = logging.get_logger(__name__)
 
 
 def polarize(
@@ -88,8 +90,7 @@ def polarize(
         ValueError: Before any work, if the model or the data can't be polarized like that.
     """
     started = time.monotonic()
-    if not 1 <= window <= max_tokens:
-        raise ValueError(f"max_tokens must hold at least one window; got window={window}, max_tokens={max_tokens}")
+    check_window(window, max_tokens)
     plan = make_plan(model, config, surrogate, original)
     closed_form = closed_form or ClosedForm()
     if closed_form.deflated:
@@ -125,13 +126,8 @@ def polarize(
             "closed_form": dataclasses.asdict(closed_form),
             "choices": done.trials,
             "calibration": {
-                "source": describe(data),
-                "tokens": sum(batch["input_ids"].numel() for batch in batches) if "input_ids" in batches[0] else None,
-                "samples": count_samples(batches),
+                **describe_calibration(data, batches, window, lines, seed),
                 "held_out_samples": count_samples(held_back),
-                "window": window,
-                "lines": lines,
-                "seed": seed,
             },
             "seconds": round(time.monotonic() - started, 1),
             "torch": torch.__version__,
@@ -163,31 +159,78 @@ def calibrate_to_chip(
     Fit the surrogates of a deflated model to the one chip that it is attached to, measured.
 
     It is for a model that [`polarize`] made for any such chip, trained or not; see
-    [`~hf_polarize.deflation.fit_to_chip`] for what is solved. Begin with that model for every chip.
+    [`~hf_polarize.deflation.fit_to_chip`] for what is solved. Every chip begins with that model: one that was fitted,
+    or whose fitting was interrupted, is refused. Inputs are those of the original, whose norms training may have
+    changed.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): deflated and on a chip; changed in place.
         original (`PreTrainedModel`): the one that it was made from.
         data: as [`polarize`] takes it.
-        closed_form ([`ClosedForm`], *optional*): `gradients`, `weigh_tokens` and `two_sided`.
+        closed_form ([`ClosedForm`], *optional*): its `gradients`, `weigh_tokens`, `two_sided`; that of [`polarize`]
+            if left out.
         codes (`bool`, defaults to `False`): write the array anew as well, as program-and-verify does, for cells that
             were measured one by one. The backbone is right on that chip only then.
         processor, window, max_tokens, batch_size, seed, text_column, lines, memory_limit: as [`polarize`] takes them.
 
     Raises:
-        ValueError: Before any work, if no layer on a chip is deflated, or the original is another model.
+        ValueError: Before any work, if no layer on a chip is deflated, the model was fitted before, the original is
+            another model, or the data can't be used like that.
     """
-    layers, closed_form = deflated_on_chip(model), closed_form or ClosedForm()
-    check_original(original, core_model(model), layers)
+    check_window(window, max_tokens)
+    core, layers = core_model(model), deflated_on_chip(model)
+    record: dict[str, Any] = getattr(core, "polarization", None) or {}
+    provenance: dict[str, Any] = record.setdefault("provenance", {})
+    if "chip" in provenance:
+        raise ValueError(
+            f"the model was fitted to the chip of seed {provenance['chip']['chip_seed']} already: begin with the "
+            "model that was made for any chip"
+        )
+    check_original(original, core, layers)
+    names = provenance.get("base_model"), public_name(original.config._name_or_path)
+    if None not in names and names[0] != names[1]:
+        logger.warning(f"the model was made from {names[0]}, and the original that is given is {names[1]}")
+    form = closed_form or ClosedForm(**provenance.get("closed_form", {}))
     linear = {name: original.get_submodule(name) for name in layers}
-    batches = calibration_batches(
-        original, data, processor or load_processor(original), window, max_tokens, batch_size, seed, text_column, lines
-    )
-    weights = {name: weight_matrix(module).detach() for name, module in linear.items()}
-    for known in layer_statistics(
-        original, batches, linear, memory_limit, closed_form.gradients, closed_form.weigh_tokens, seed
-    ):
-        fit_to_chip(model, weights, known, closed_form.two_sided, codes)
+    training = original.training
+    original.eval()
+    try:
+        batches = calibration_batches(
+            original, data, processor or load_processor(original), window, max_tokens, batch_size, seed, text_column,
+            lines,
+        )  # fmt: skip
+        chip_seed = core.config.quantization_config.cim.chip_seed
+        provenance["chip"] = {
+            "chip_seed": chip_seed,
+            "codes": codes,
+            "calibration": describe_calibration(data, batches, window, lines, seed),
+        }
+        record.pop("results", None)
+        record["layers"] = {}
+        core.polarization, core.sensitivity, core.layer_losses = record, None, None
+        gradients = form.gradients and (form.weigh_tokens or form.two_sided)
+        statistics = layer_statistics(original, batches, linear, memory_limit, gradients, form.weigh_tokens, seed)
+        fit_to_chip(model, linear, statistics, batches, form.two_sided, codes)
+    finally:
+        original.train(training)
+
+
+def check_window(window: int, max_tokens: int) -> None:
+    """Raise if not a single window is to be used."""
+    if not 1 <= window <= max_tokens:
+        raise ValueError(f"max_tokens must hold at least one window; got window={window}, max_tokens={max_tokens}")
+
+
+def describe_calibration(data: Any, batches: list[Batch], window: int, lines: bool, seed: int) -> dict[str, Any]:
+    """Return what is kept of the data of a calibration."""
+    return {
+        "source": describe(data),
+        "tokens": sum(batch["input_ids"].numel() for batch in batches) if "input_ids" in batches[0] else None,
+        "samples": count_samples(batches),
+        "window": window,
+        "lines": lines,
+        "seed": seed,
+    }
 
 
 def layer_record(solution: Compensation, rank: int) -> dict[str, Any]:

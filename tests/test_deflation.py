@@ -1,5 +1,6 @@
 """Deflated execution: exact where the backbone is, and better than any other path of its rank where it is not."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import transformers
 from bitsandbytes.functional import get_4bit_type
 from conftest import FAMILIES, output, tiny_inputs, tiny_model
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 
 from hf_polarize import (
@@ -23,13 +25,14 @@ from hf_polarize import (
 )
 from hf_polarize.backbone import quantize_linear
 from hf_polarize.calibration import layer_statistics
+from hf_polarize.card import model_card
 from hf_polarize.cim.hook import OnChip, reset_reads
 from hf_polarize.cim.planes import weight_code
 from hf_polarize.cim.programming import codes_for_cells
 from hf_polarize.cim.variation import chip_moments
 from hf_polarize.compensation import compensate, damped
 from hf_polarize.deflation import Deflation, deflate, deflating_path, fit_to_chip, removed_directions
-from hf_polarize.plan import make_plan
+from hf_polarize.inspection import inspect_checkpoint
 from hf_polarize.rounding import Covariance, round_with_feedback, spread
 from hf_polarize.surrogate import factors
 
@@ -217,9 +220,7 @@ def test_layers_off_the_chip_are_solved_as_such():
     for name, (a, b) in factors(model).items():
         same = torch.allclose(b @ a, exact[name][1] @ exact[name][0], rtol=1e-3, atol=1e-5)
         assert same == ("self_attn" in name), name
-    plan = make_plan(original, PolarizeConfig(cim=chip), SurrogateConfig(r=4))
-    (known,) = layer_statistics(original, batches(), plan.layers, 2**40)
-    fit_to_chip(model, {name: module.weight.detach() for name, module in plan.layers.items()}, known)
+    calibrate_to_chip(model, original, batches())
     for name, (_, b) in factors(model).items():
         assert torch.equal(b, before[name]) == ("self_attn" in name), name
     with pytest.raises(ValueError, match="no surrogate stands beside a layer on a chip"):
@@ -362,20 +363,70 @@ def test_calibrated_to_a_chip():
     expected = output(original, inputs)
     chip = NOISY.replace(mismatch=0.3, read_noise=0.0)
     model = polarized(cim=chip)
+    fitted, written = copy.deepcopy(model), copy.deepcopy(model)
 
-    def error():
+    def error(model):
         return float((output(model, inputs) - expected).norm())
 
-    static = error()
-    calibrate_to_chip(model, original, batches())
-    fitted = error()
-    calibrate_to_chip(model, original, batches(), codes=True)
-    written = error()
-    assert written < 0.7 * fitted and fitted < static
-    attach_cim(model, chip.replace(chip_seed=5))
-    assert error() > static
-    with pytest.raises(ValueError, match="the original is a"):
-        calibrate_to_chip(model, tiny_model("bert"), batches())
+    calibrate_to_chip(fitted, original, batches())
+    calibrate_to_chip(written, original, batches(), codes=True)
+    assert error(written) < 0.7 * error(fitted) and error(fitted) < error(model)
+    attach_cim(written, chip.replace(chip_seed=5))
+    assert error(written) > error(model)
+
+
+def test_a_fitted_model_is_saved_as_such_and_not_fitted_again(tmp_path, caplog):
+    original, inputs = tiny_model("llama-tied"), tiny_inputs(tiny_model("llama-tied"))
+    save_polarized(polarized(cim=NOISY), tmp_path / "any")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "any")
+    before = {name: b.detach().clone() for name, (_, b) in factors(model).items()}
+    chosen = ClosedForm(two_sided=True)
+    calibrate_to_chip(model, original, batches(), chosen, codes=True, memory_limit=2**14)  # in several passes
+    assert not any(torch.equal(b, before[name]) for name, (_, b) in factors(model).items())
+    save_polarized(model, tmp_path / "fitted")
+    assert (
+        "fitted to the chip of seed 0 alone, codes written"
+        in model_card(inspect_checkpoint(tmp_path / "fitted"), "me/fitted").content
+    )
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "fitted")
+    reset_reads(model)
+    assert torch.equal(output(again, inputs), output(model, inputs))
+    with pytest.raises(ValueError, match="was fitted to the chip of seed 0 already"):
+        calibrate_to_chip(again, original, batches())
+    attach_cim(again, NOISY.replace(chip_seed=1))
+    assert "is the worse for it on that of seed 1" in caplog.text
+
+
+def test_a_chip_with_measured_ranges_is_measured_anew():
+    chip = NOISY.replace(adc_range="max")
+    model = attach_cim(polarized(cim=NOISY), chip, batches())
+    before = dict(model.config.quantization_config.cim.ranges)
+    calibrate_to_chip(model, tiny_model("llama-tied"), batches())
+    after = model.config.quantization_config.cim.ranges
+    assert after.keys() == before.keys() and after != before
+
+
+def test_what_can_not_be_fitted_to_a_chip():
+    model, original = polarized(cim=NOISY), tiny_model("llama-tied")
+    for wrong, message in (
+        (tiny_model("bert"), "the original is a"),
+        (AutoModelForCausalLM.from_config(original.config), "that is another model"),
+        (original, "max_tokens must hold"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            calibrate_to_chip(model, wrong, batches(), max_tokens=2 if wrong is original else 16384)
+    twice = get_peft_model(model, SurrogateConfig(r=2), adapter_name="second")
+    with pytest.raises(ValueError, match="expected one adapter made with a SurrogateConfig"):
+        calibrate_to_chip(twice, original, batches())
+
+
+def test_experts_that_no_token_reached_are_fitted_as_well():
+    model, original = polarized(cim=NOISY), tiny_model("llama-tied")
+    seen = {"model.layers.0.mlp.up_proj": original.model.layers[0].mlp.up_proj}
+    (known,) = layer_statistics(original, batches(), seen, 2**40)
+    before = {name: b.detach().clone() for name, (_, b) in factors(model).items()}
+    fit_to_chip(model, dict(original.named_modules()), [known], batches())
+    assert not any(torch.equal(b, before[name]) for name, (_, b) in factors(model).items())
 
 
 def test_what_training_made_of_b_stays_beside_what_a_chip_needs():

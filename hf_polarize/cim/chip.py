@@ -79,7 +79,7 @@ class Plane:
 
     @property
     def held(self) -> torch.Tensor:
-        """What the cells hold but for their spread, `(out, groups, rows)`: what was written, where none is stuck."""
+        """What cells hold but for their spread, `(out, groups, rows)`: as written, but where one is stuck or dead."""
         return self.cells.sign()
 
     @cached_property

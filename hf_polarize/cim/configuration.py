@@ -268,7 +268,8 @@ class CIMConfig:
 
         Stuck cells are off by whole counts; they are not in it.
         """
-        return self.cell_mismatch**2 + self.log_drift_spread**2 + self.ir_drop**2 / 12
+        wire = self.ir_drop / (1 - self.ir_drop / 2)  # by which cells differ along it, evenly
+        return self.cell_mismatch**2 + self.log_drift_spread**2 + wire**2 / 12
 
     def covers(self, layer: str) -> bool:
         """Whether a layer of this name is on the chip."""

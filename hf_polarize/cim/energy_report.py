@@ -169,7 +169,7 @@ def _plot_nodes(at_node: dict[int, Bill], path: Path) -> None:
 
 
 def pareto_front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return those (energy, loss) that no other one beats in both, by energy."""
+    """Return those (energy, loss) that no other one equals or beats in both, by energy."""
     front: list[tuple[float, float]] = []
     for energy, loss in sorted(points):
         if not front or loss < front[-1][1]:
@@ -184,13 +184,13 @@ def _plot_pareto(points: dict[str, list[tuple[int, float, float, float]]], path:
     axis = figure.subplots()
     for method, line in points.items():
         energies, losses, bars = [1e-6 * x for _, x, *_ in line], [y for *_, y, _ in line], [bar for *_, bar in line]
-        axis.errorbar(energies, losses, bars, fmt="o-", label=f"{method} (± over chips)", markersize=4, capsize=3)
+        axis.errorbar(energies, losses, bars, fmt="o-", label=method, markersize=4, capsize=3)
         for (rank, *_), x, y in zip(line, energies, losses, strict=True):
             axis.annotate(f"r={rank}", (x, y), xytext=(3, 4), textcoords="offset points", fontsize=8)
     front = pareto_front([(1e-6 * x, y) for line in points.values() for _, x, y, _ in line])
     axis.step(*zip(*front, strict=True), where="post", color="0.4", linestyle=":", label="Pareto front")
     axis.set_xlabel("µJ per token")
-    axis.set_ylabel("loss, nats per token")
+    axis.set_ylabel("loss, nats per token, ± over chips")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numba
@@ -15,7 +15,7 @@ from ..models import bfloat16_is_fast
 from .array import TABLE, Converter, exact_product, integer_products, normal_table
 from .chip import Plane, byte_digits, nominal_factor
 from .configuration import CIMConfig
-from .moments import ReadMoments, read_moments
+from .moments import ReadMoments, column_offsets, read_moments
 from .planes import integer_planes, quantized_inputs
 from .token_noise import TokenNoise, driven_rows
 
@@ -25,16 +25,14 @@ LARGEST_SLOPE = 0.05
 """Share of the error that may follow the output (clipping, a dead zone) before the fast model is refused."""
 LARGEST_LASTING = 0.1
 """Share of the error that may be the same for all inputs."""
-LARGEST_KURTOSIS = 0.6
+LARGEST_KURTOSIS = 0.4
 """Excess kurtosis of the error above which a normal one differs: by Edgeworth, 0.023 of it is the distance of KS."""
-LARGEST_MISMATCH = 0.04
-"""How far the standard deviation of all errors of the sample, those of its cells included, may be off."""
-LARGEST_DISTANCE = 0.03
-"""Distance (Kolmogorov-Smirnov) of the sample's errors from the fast model's; 0.02 may be by chance."""
-LARGEST_DEVIATION = 0.2
-"""How far the error of tokens with few large values may be off."""
-REACH = 5.0
-"""Standard deviations up to which the offsets of columns are told apart."""
+LARGEST_MISFIT = 0.025
+"""How far the standard deviation of all errors, those of cells included, may be off."""
+LARGEST_DISTANCE = 0.015
+"""Distance of all errors from those of the fast model (Kolmogorov-Smirnov)."""
+LARGEST_DEVIATION = 0.17
+"""How far the error of tokens with few large values may be off. Chance is allowed as well, 1 / sqrt(sample)."""
 PAIRS = 16384
 """Random pairs of readings that say how far copies of a plane err together."""
 LARGEST_WHOLE = 127 * 256 + 127
@@ -48,7 +46,7 @@ def _some_numbers(rows: int) -> list[int]:
     return sorted({0, rows, *(round(2 ** (i / 2)) for i in range(2 * int(math.log2(rows)) + 1))})
 
 
-@lru_cache(maxsize=1024)  # the planes of a chip, and of all of its kind, are much alike
+@lru_cache(maxsize=256)  # the planes of a chip, and of all of its kind, are much alike
 def _moments_by_rows(converter: Converter | None, cells: float, config: CIMConfig) -> ReadMoments:
     """Return the moments of a plane for 0, 1, ... driven rows, between some numbers of them by straight lines."""
     some = _some_numbers(config.rows)
@@ -58,28 +56,8 @@ def _moments_by_rows(converter: Converter | None, cells: float, config: CIMConfi
     def between(values: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(np.interp(wanted, some, values[:, 0].numpy()))
 
-    return ReadMoments(*map(between, (known.bias, known.kappa, known.variance, known.static)))
-
-
-def _some_offsets(converter: Converter | None, config: CIMConfig) -> torch.Tensor:
-    """Return the offsets of columns for which readings are computed, in counts, float64: for others interpolated."""
-    reach = REACH * config.column_offset
-    step = min(config.column_offset / 4, math.inf if converter is None else converter.step / 32)
-    points = 2 * min(400, math.ceil(reach / step)) + 1 if step else 1
-    return torch.linspace(-reach, reach, points, dtype=torch.float64)
-
-
-@lru_cache(maxsize=1024)
-def _bias_by_offset(converter: Converter | None, cells: float, config: CIMConfig) -> torch.Tensor:
-    """Return the mean error of a plane's readings for each of some offsets and 0, 1, ... driven rows, float64."""
-    some = _some_numbers(config.rows)
-    driven, density = torch.tensor(some), torch.tensor([cells], dtype=torch.float64)
-    alone = config.replace(column_offset=0.0)
-    biases = [
-        read_moments(converter, driven, density, alone, offset).bias[:, 0].numpy()
-        for offset in _some_offsets(converter, config).tolist()
-    ]
-    return torch.from_numpy(np.stack([np.interp(np.arange(config.rows + 1), some, bias) for bias in biases]))
+    biases = torch.stack([between(biases) for biases in known.biases])
+    return ReadMoments(biases, *map(between, (known.kappa, known.variance, known.static)))
 
 
 @lru_cache(maxsize=64)
@@ -133,7 +111,7 @@ class FastArray:
     Attributes:
         weight (`torch.Tensor` of shape `(out, in)`): of this chip, for integer inputs.
         offset (`torch.Tensor` of shape `(out,)`): float32.
-        bias (`torch.Tensor` of shape `(out,)`): what `offset` were if no column had one of its own, float32.
+        bias (`torch.Tensor` of shape `(out,)`): the mean of `offset` over chips, float32.
         std (`torch.Tensor` of shape `(out,)`): of the noise of a typical token, float32.
         loudness ([`TokenNoise`]): of each token against that.
     """
@@ -257,9 +235,9 @@ class TypicalReadings:
         inputs (`torch.Tensor` of shape `(tokens, in)`): integers, those of normal numbers.
         coefficients (`torch.Tensor` of shape `(planes of inputs,)`): their significances, float64.
         kappa (`torch.Tensor` of shape `(planes,)`): how far readings of each plane of the weight follow its cells.
-        offsets (`torch.Tensor` of shape `(points,)`): of a column, in counts, float64.
-        biases (`torch.Tensor` of shape `(planes, points)`): what a column of each plane with such an offset adds to an
-            output, for a scale and a significance of 1, float64. An ADC swallows what is small beside its steps.
+        offsets, often (`torch.Tensor` of shape `(offsets,)`): those of [`~hf_polarize.cim.moments.column_offsets`].
+        biases (`torch.Tensor` of shape `(planes, offsets)`): what a column of each plane with such an offset adds to
+            an output, for a scale and a significance of 1, float64. An ADC swallows what is small beside its steps.
         each (`torch.Tensor` of shape `(rows + 1,)`): variance of all readings of one plane of inputs that drives so
             many rows, for a scale of 1, float64.
         variance (`float`): of an output, for one group with a scale of 1.
@@ -269,15 +247,10 @@ class TypicalReadings:
     coefficients: torch.Tensor
     kappa: torch.Tensor
     offsets: torch.Tensor
+    often: torch.Tensor
     biases: torch.Tensor
     each: torch.Tensor
     variance: float
-
-    def over_columns(self, values: torch.Tensor) -> torch.Tensor:
-        """Return the mean over columns, whose offsets are normal, of values `(..., points)` at the offsets."""
-        sigma = max(float(self.offsets[-1]), 1e-30) / REACH
-        weights = torch.exp(-0.5 * (self.offsets / sigma).square())
-        return values @ (weights / weights.sum())
 
 
 def typical_readings(
@@ -304,14 +277,15 @@ def typical_readings(
     driven = driven_rows(q, -(-in_features // config.rows), config.rows, len(coefficients), kind)
     often = torch.nn.functional.one_hot(driven, config.rows + 1).double().mean((0, 1))  # (planes, rows + 1)
     of_planes = [_moments_by_rows(converter, density, config) for density in cells]
-    moments = ReadMoments(*(torch.stack(list(part), 1) for part in zip(*map(astuple, of_planes), strict=True)))
-
-    following = coefficients.square() @ often @ (moments.static + 1e-30)
-    kappa = coefficients.square() @ often @ (moments.kappa * (moments.static + 1e-30)) / following
-    each = (moments.variance + (moments.kappa - kappa).square() * moments.static) @ significance.square()
-    biases = torch.stack([_bias_by_offset(converter, density, config) @ often.T @ coefficients for density in cells])
+    kappas, variances, static = (
+        torch.stack([getattr(moments, part) for moments in of_planes], 1) for part in ("kappa", "variance", "static")
+    )
+    following = coefficients.square() @ often @ (static + 1e-30)
+    kappa = coefficients.square() @ often @ (kappas * (static + 1e-30)) / following
+    each = (variances + (kappas - kappa).square() * static) @ significance.square()
+    biases = torch.stack([moments.biases @ often.T @ coefficients for moments in of_planes])
     return TypicalReadings(
-        q, coefficients, kappa, _some_offsets(converter, config), biases, each,
+        q, coefficients, kappa, *column_offsets(converter, config), biases, each,
         float(coefficients.square() @ often @ each),
     )  # fmt: skip
 
@@ -344,7 +318,7 @@ def fast_array(
     typical = typical_readings(cells, significance, in_features, converter, kind_of_chip)
     q, coefficients = typical.inputs, typical.coefficients
     kappa, each, variance = typical.kappa, typical.each, typical.variance
-    bias = float(typical.over_columns(typical.biases) @ significance)
+    bias = float(significance @ typical.biases @ typical.often)
 
     factor = float(nominal_factor(config, scale.device).mean())
     total, offset = torch.zeros(planes[0].cells.shape, device=scale.device), torch.zeros_like(scale)
@@ -386,35 +360,41 @@ def _fit(
     columns = torch.arange(0, len(scale), max(1, len(scale) // SAMPLED_COLUMNS), device=scale.device)
     few = [plane.of_columns(columns) for plane in planes]
     exact = exact_product(q, few, scale[columns], config, converter, noise)
-    expected = q.double() @ fast.weight[columns].double().T + fast.offset[columns]
-    error = (exact - expected) / (fast.loudness(q) * fast.std[columns]).clamp(min=1e-30)
-    expected, error, rare = expected[: len(typical)], error[: len(typical)], error[len(typical) :]
-    lasting = float(error.mean(0).var() / error.var()) - 1 / len(error)
+    product = q.double() @ fast.weight[columns].double().T
+    error, normal = exact - product - fast.offset[columns], slice(len(typical))
+    gain = float((error[normal] * product[normal]).sum() / product[normal].square().sum().clamp(min=1e-300))
+    fast.weight *= 1 + gain
+    error = error - gain * product
+    follows = gain * product[normal] / (fast.loudness(q[normal]) * fast.std[columns]).clamp(min=1e-30)
+    error = error / (fast.loudness(q) * fast.std[columns]).clamp(min=1e-30)
+    error, rare = error[normal], error[len(typical) :]
+    lasting = float(error.mean(0).var() / error.var()) - 1 / len(error) if len(columns) > 1 else 0.0
     spread = float(error.square().mean().sqrt())
     fast.std *= spread
     if spread == 0:
         return None
-    expected = expected / expected.std(0).clamp(min=1e-30)
-    slope = float(torch.corrcoef(torch.stack([error.flatten(), expected.flatten()]))[0, 1].square())
+    slope = float(follows.square().mean())
+    slope /= slope + spread**2
     if slope > LARGEST_SLOPE:
         return f"{100 * slope:.0f} % of the error follows the output (clipping, or a dead zone around 0)"
     if lasting > LARGEST_LASTING:
         return f"{100 * lasting:.0f} % of the error is one of columns, for all inputs (offsets that an ADC swallows)"
-    nominal = sum(plane.significance * nominal_factor(config, scale.device) * plane.written for plane in few)
+    nominal = sum(plane.significance * config.drift * plane.written for plane in few)
     nominal = (nominal * scale[columns][..., None]).flatten(1)[:, : q.shape[1]]  # type: ignore[union-attr]
     static = (q[: len(typical)].double() @ (fast.weight[columns] - nominal).double().T) / fast.std[columns]
+    chance = error.numel() ** -0.5
     off = float((error / spread + static).square().mean() / (1 + static.square().mean())) ** 0.5 - 1
-    if abs(off) > LARGEST_MISMATCH:
+    if abs(off) > LARGEST_MISFIT + chance:
         return f"readings do not follow the errors of cells as usual: all errors are {100 * off:+.0f} % off"
-    distance = _distance(error / spread, static)
     share = 1 / (1 + float(static.square().mean()))
     kurtosis = share**2 * (float((error / spread).square().square().mean()) - 3)
-    if kurtosis > LARGEST_KURTOSIS:
+    if kurtosis > LARGEST_KURTOSIS + 15 * chance:  # three standard deviations of sqrt(24 / n)
         return f"readings err too seldom for normal noise (excess kurtosis {kurtosis:.1f})"
-    if distance > LARGEST_DISTANCE:
+    distance = _distance(error / spread, static)
+    if distance > LARGEST_DISTANCE + chance:
         return f"errors are not normal (a distance of {distance:.3f} by Kolmogorov and Smirnov)"
     deviation = ((share * float(rare.square().mean()) / spread**2 + 1 - share) ** 0.5) - 1
-    if abs(deviation) > LARGEST_DEVIATION:
+    if abs(deviation) > LARGEST_DEVIATION + rare.numel() ** -0.5:
         return f"errors of tokens with few large values are {100 * deviation:+.0f} % off"
     return None
 

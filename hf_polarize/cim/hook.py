@@ -161,6 +161,12 @@ def attach_cim(model: nn.Module, config: CIMConfig, data: Iterable[Batch] | None
         raise TypeError(f"attach_cim takes a CIMConfig; got {type(config).__name__}")
     core = core_model(model)
     chosen = _chosen(core, config)
+    fitted = (getattr(core, "polarization", None) or {}).get("provenance", {}).get("chip")
+    if fitted and fitted["chip_seed"] != config.chip_seed:
+        logger.warning(
+            f"cim: the model was fitted to the chip of seed {fitted['chip_seed']}, and is the worse for it on that of "
+            f"seed {config.chip_seed}"
+        )
     if any(layer.deflation is not None for layer in chosen.values()):
         config = config.quietly()
     if config.adc_bits is not None and config.adc_range != "full" and not set(chosen) <= set(config.ranges):

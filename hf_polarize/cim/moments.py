@@ -13,26 +13,52 @@ from .configuration import CIMConfig
 
 POINTS = 6.0
 """Standard deviations to either side that are counted."""
+REACH, OFFSETS = 5.0, 32
+"""Standard deviations up to which offsets of columns are told apart, and the most of them to either side."""
 
 
 @dataclass(frozen=True)
 class ReadMoments:
     """
-    What a reading R of a count c is on average: `R = c + bias + kappa * m + e`, with the static error m of its cells.
+    What a reading R of a count c is on average: `R = c + bias(o) + kappa * m + e`.
 
-    kappa is `Cov(R, m) / Var(m)`. With normal m it is the mean slope of the converter (Stein's lemma): 1 where noise
-    or the spread of counts smooths the steps, and less where an ADC of whole counts rounds small errors away.
+    m is the static error of the cells and o the offset of the column. kappa is `Cov(R, m) / Var(m)`. With normal m it
+    is the mean slope of the converter (Stein's lemma): 1 where noise or the spread of counts smooths the steps, and
+    less where an ADC of whole counts rounds small errors away. So does bias(o) fall short of o.
 
     Attributes:
-        bias, kappa, variance (`torch.Tensor` of shape `(numbers of rows, weight planes)`): float64, in counts; the
-            variance is that of e.
+        biases (`torch.Tensor` of shape `(offsets, numbers of rows, weight planes)`): at those of [`column_offsets`];
+            float64, in counts.
+        kappa, variance (`torch.Tensor` of shape `(numbers of rows, weight planes)`): the variance is that of e.
         static (`torch.Tensor` of the same shape): variance of m.
     """
 
-    bias: torch.Tensor
+    biases: torch.Tensor
     kappa: torch.Tensor
     variance: torch.Tensor
     static: torch.Tensor
+
+
+def column_offsets(converter: Converter | None, config: CIMConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return offsets of columns, and how often each occurs.
+
+    Between neighbours readings are taken as linear: they are as near as the steps of the converter, smoothed by noise,
+    ask for.
+
+    Returns:
+        Two of shape `(offsets,)`, float64; 0 alone if all columns are alike.
+    """
+    sigma = config.column_offset
+    if not sigma:
+        return torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    step = sigma / 4
+    if converter is not None:
+        step = min(step, max(converter.step / 32, config.reading_noise / 4))
+    each_side = min(OFFSETS, math.ceil(REACH * sigma / step))
+    offsets = torch.linspace(-REACH * sigma, REACH * sigma, 2 * each_side + 1, dtype=torch.float64)
+    weights = torch.exp(-0.5 * (offsets / sigma).square())
+    return offsets, weights / weights.sum()
 
 
 def count_distribution(
@@ -76,7 +102,6 @@ def read_moments(
     driven: torch.Tensor,
     weights: torch.Tensor,
     config: CIMConfig,
-    offset: float = 0.0,
 ) -> ReadMoments:
     """
     Return the moments of the readings of all weight planes, for some numbers of driven rows.
@@ -86,7 +111,6 @@ def read_moments(
         driven (`torch.Tensor` of shape `(numbers of rows,)`): rows of a group that an input plane drives, int64.
         weights (`torch.Tensor` of shape `(weight planes,)`): how often the cells of each plane are not zero, float64.
         config ([`CIMConfig`]): of the chip.
-        offset (`float`, defaults to 0): of all columns, in counts, beside those of `config`; part of the bias.
     """
     shape = (len(driven), len(weights))
     counts, p, active = count_distribution(
@@ -95,7 +119,7 @@ def read_moments(
     factor = float(nominal_factor(config, counts.device).mean())
     counts = counts * factor
     static = config.static_variance * factor**2 * active
-    static = static + (config.column_gain * counts).square() + config.column_offset**2
+    static = static + (config.column_gain * counts).square()
     random = config.reading_noise**2
 
     def mean(values: torch.Tensor) -> torch.Tensor:
@@ -103,18 +127,22 @@ def read_moments(
 
     m = mean(static)
     std = (static + random).clamp(min=1e-18).sqrt()
-    if converter is None:
-        first, kappa = torch.full_like(counts, offset), torch.ones_like(m)
-        second = std.square() + offset**2
-    else:
-        codes, chance, slopes = _conversion(counts + offset, std, converter)
-        error = codes - counts[..., None]
-        first, second = (chance * error).sum(-1), (chance * error.square()).sum(-1)
-        kappa = torch.where(m > 0, mean(slopes * static) / m.clamp(min=1e-300), 1.0)
-    bias = mean(first)
-    total = (mean(second) - bias.square()).clamp(min=0)
+    offsets, weights_of_offsets = column_offsets(converter, config)
+    biases, followed, total = [], torch.zeros_like(m), torch.zeros_like(m)
+    for offset, weight in zip(offsets.tolist(), weights_of_offsets.tolist(), strict=True):
+        if converter is None:
+            bias, second, slope = torch.full_like(m, offset), mean(std.square()) + offset**2, m
+        else:
+            codes, chance, slopes = _conversion(counts + offset, std, converter)
+            error = codes - counts[..., None]
+            bias, second = mean((chance * error).sum(-1)), mean((chance * error.square()).sum(-1))
+            slope = mean(slopes * static)
+        biases.append(bias.view(shape))
+        followed += weight * slope
+        total += weight * (second - bias.square()).clamp(min=0)
+    kappa = torch.where(m > 0, followed / m.clamp(min=1e-300), 1.0)
     variance = (total - kappa.square() * m).clamp(min=0)
-    return ReadMoments(bias.view(shape), kappa.view(shape), variance.view(shape), m.view(shape))
+    return ReadMoments(torch.stack(biases), kappa.view(shape), variance.view(shape), m.view(shape))
 
 
 def _conversion(

@@ -18,7 +18,6 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..backbone import weight_matrix
 from ..calibration import Statistics, layer_statistics
 from ..checkpoint import prepare_folder, save_polarized, write_json
 from ..configuration import SurrogateConfig
@@ -220,15 +219,14 @@ def _measure_chips(means: _Means, method: str, chip: CIMConfig, rank: int, seeds
         copied = means.trained(chip, rank)
     else:
         copied = copy.deepcopy(means.polarized(chip, rank, method != CLOSED))
-    weights = {}
-    if method in (PER_CHIP, TRAINED_PER_CHIP, WRITTEN):
-        weights = {name: weight_matrix(module).detach() for name, module in plan.layers.items()}
+    fitted = method in (PER_CHIP, TRAINED_PER_CHIP, WRITTEN)
     for seed in seeds:
-        one = copy.deepcopy(copied) if weights else copied  # else it would be what suits the last chip
+        one = copy.deepcopy(copied) if fitted else copied  # fitting changes it, and each chip begins with the same
         attach_cim(one, chip.replace(chip_seed=seed), batches)
-        if weights:
-            fit_to_chip(one, weights, means.statistics, recipe.two_sided, codes=method == WRITTEN)
+        if fitted:
+            fit_to_chip(one, plan.layers, [means.statistics], batches, recipe.two_sided, codes=method == WRITTEN)
         measure(one, seed)
+        del one
 
 
 def _seeds(recipe: Recipe) -> range:

@@ -55,28 +55,33 @@ def chip_moments(layer: BackboneLayer, config: CIMConfig) -> ChipMoments:
     indices, scale = grouped_weights(layer.units(), layer.block_scales(), layer.block_size, config, levels)
     code, indices = weight_code(config, levels), indices.int()
     often = torch.bincount(indices.flatten(), minlength=len(code.cells)).cpu().double() / indices.numel()
+    works, one = 1 - config.stuck_at_zero - config.stuck_at_one, config.stuck_at_one
     typical = typical_readings(
-        [round(density, 2) for density in (often @ (code.cells != 0).double()).tolist()],
+        [round(density, 2) for density in (works * (often @ (code.cells != 0).double()) + one).tolist()],
         code.significance, layer.in_features, Converter.of(config, float(config.rows)),
         config.replace(chip_seed=0, read_seed=0, layers=None, ranges={}),
     )  # fmt: skip
-    works, one = 1 - config.stuck_at_zero - config.stuck_at_one, config.stuck_at_one
     cells = code.cells.double()
     held, square = works * cells + (0 if config.signed else one), works * cells.square() + one  # stuck at 1, or +-1
     drifted = config.log_drift_spread**2  # of a log-normal factor; once is its mean, twice its mean square
     once, twice = math.exp(drifted / 2), math.exp(2 * drifted) * (1 + config.cell_mismatch**2)
     twice *= 1 + config.column_gain**2
     kappa, squared = typical.kappa, code.significance.square()
-    usual = held * (1 + kappa * (once - 1))  # readings follow stuck cells, and the spread of cells by kappa
-    square = square * (1 + 2 * kappa * (once - 1) + kappa.square() * (twice - 2 * once + 1))
-    values = (usual @ code.significance).float().to(scale.device)
-    spread = ((square - usual.square()) @ squared).float().to(scale.device)
-    wires = nominal_factor(config, scale.device) / config.drift
-    mean = values[indices] * scale[..., None] * wires
-    variance = spread[indices] * (scale[..., None] * wires).square()
+    # a cell reads as held * ((1 - kappa) * mean + kappa * factor * wire): stuck cells count in full, spread by kappa
+    wire = nominal_factor(config, scale.device) / config.drift
+    average, free = float(wire.mean()), square - held.square()
+    parts = (
+        (held * (1 - kappa) * average) @ code.significance, (held * kappa * once) @ code.significance,
+        (free * ((1 - kappa) * average).square()) @ squared,
+        (free * 2 * (1 - kappa) * kappa * average * once) @ squared,
+        (kappa.square() * (square * twice - (held * once).square())) @ squared,
+    )  # fmt: skip
+    fixed, following, *spread = (part.float().to(scale.device)[indices] for part in parts)
+    mean = (fixed + following * wire) * scale[..., None]
+    variance = (spread[0] + spread[1] * wire + spread[2] * wire.square()) * scale[..., None].square()
     counts = (scale / config.drift).square().sum(1)
-    around = typical.biases - typical.over_columns(typical.biases)[:, None]
-    offset = float(typical.over_columns(around.square()) @ squared)
+    around = typical.biases - (typical.biases @ typical.often)[:, None]
+    offset = float(squared @ around.square() @ typical.often)
     return ChipMoments(
         mean.flatten(1)[:, : layer.in_features], variance.flatten(1)[:, : layer.in_features],
         counts * typical.variance, counts * offset,
