@@ -74,7 +74,7 @@ def test_the_fast_model_follows_tokens_with_few_large_values(both_models):
     """Most of their planes drive few rows, and in two's complement most are copies of the sign."""
     exact, quick = both_models(torch.randn(384, 512, generator=torch.Generator().manual_seed(3)) ** 3)
     assert float(quick.std() / exact.std()) == pytest.approx(1, abs=0.1)
-    assert ks_2samp((exact / exact.std()).flatten(), (quick / exact.std()).flatten()).statistic < 0.02
+    assert ks_2samp((exact / exact.std()).flatten(), (quick / exact.std()).flatten()).statistic < 0.03
 
 
 VALID = []

@@ -349,7 +349,11 @@ def _fit(
     fast: FastArray, typical: torch.Tensor, planes: Sequence[Plane], scale: torch.Tensor, converter: Converter | None,
     config: CIMConfig, noise: torch.Generator,
 ) -> str | None:  # fmt: skip
-    """Run some columns exactly, scale the noise of the fast model to their errors, and say where it can't be right."""
+    """
+    Run some columns exactly, fit the fast model to them, and say where it can't be right.
+
+    What is fitted: the gain of the output, how far readings follow the errors of cells, and the noise.
+    """
     if converter is None or not bool((fast.std > 0).any()):
         return None  # the noise of readings alone, or none at all
     # noise of half a step smooths the steps: exp(-pi^2 / 2) of their mean error is left
@@ -360,11 +364,17 @@ def _fit(
     columns = torch.arange(0, len(scale), max(1, len(scale) // SAMPLED_COLUMNS), device=scale.device)
     few = [plane.of_columns(columns) for plane in planes]
     exact = exact_product(q, few, scale[columns], config, converter, noise)
-    product = q.double() @ fast.weight[columns].double().T
+    nominal = sum(plane.significance * config.drift * plane.written for plane in planes)
+    own = fast.weight - (nominal * scale[..., None]).flatten(1)[:, : q.shape[1]]  # type: ignore[union-attr]
+    product, static = (q.double() @ weight[columns].double().T for weight in (fast.weight, own))
     error, normal = exact - product - fast.offset[columns], slice(len(typical))
-    gain = float((error[normal] * product[normal]).sum() / product[normal].square().sum().clamp(min=1e-300))
-    fast.weight *= 1 + gain
-    error = error - gain * product
+    both = torch.stack([product[normal].flatten(), static[normal].flatten()])
+    gain, more = (
+        torch.linalg.pinv(both @ both.T, rtol=1e-9, hermitian=True) @ (both @ error[normal].flatten())
+    ).tolist()
+    fast.weight.mul_(1 + gain).add_(own, alpha=more)
+    error = error - gain * product - more * static
+    static = static[normal] * (1 + more) + gain * product[normal]
     follows = gain * product[normal] / (fast.loudness(q[normal]) * fast.std[columns]).clamp(min=1e-30)
     error = error / (fast.loudness(q) * fast.std[columns]).clamp(min=1e-30)
     error, rare = error[normal], error[len(typical) :]
@@ -379,9 +389,7 @@ def _fit(
         return f"{100 * slope:.0f} % of the error follows the output (clipping, or a dead zone around 0)"
     if lasting > LARGEST_LASTING:
         return f"{100 * lasting:.0f} % of the error is one of columns, for all inputs (offsets that an ADC swallows)"
-    nominal = sum(plane.significance * config.drift * plane.written for plane in few)
-    nominal = (nominal * scale[columns][..., None]).flatten(1)[:, : q.shape[1]]  # type: ignore[union-attr]
-    static = (q[: len(typical)].double() @ (fast.weight[columns] - nominal).double().T) / fast.std[columns]
+    static = static / fast.std[columns]
     chance = error.numel() ** -0.5
     off = float((error / spread + static).square().mean() / (1 + static.square().mean())) ** 0.5 - 1
     if abs(off) > LARGEST_MISFIT + chance:
