@@ -60,7 +60,7 @@ It then runs{which} on a simulated compute-in-memory chip, and the results below
 
 ```python
 chip = hf_polarize.CIMConfig.from_dict({chip})
-hf_polarize.attach_cim(model, chip.replace(chip_seed=1))  # another chip of its kind{note}
+hf_polarize.attach_cim(model, chip.replace(chip_seed={other}))  # another chip of its kind{note}
 hf_polarize.detach_cim(model)  # none, as without hf_polarize
 ```
 """
@@ -88,6 +88,7 @@ def model_card(info: CheckpointInfo, repo_id: str) -> ModelCard:
     results: dict[str, Any] = record.get("results", {})
     backbone: dict[str, Any] = record.get("backbone", {})
     base = provenance.get("base_model") or None
+    fitted: dict[str, Any] = provenance.get("chip", {}).get("cim", {})
     auto_class, task = loader(info)
     ranks = sorted({layer.rank for layer in info.layers if layer.rank})
     nf4 = not info.config["quantization_config"].get("load_in_8bit")
@@ -121,7 +122,8 @@ def model_card(info: CheckpointInfo, repo_id: str) -> ModelCard:
         else CHIP.format(
             chip=info.chip,
             which=" deflated" if info.deflated else "",
-            note=", worse: the model was fitted to this one" if "chip" in provenance else "",
+            other=fitted.get("chip_seed", 0) + 1,
+            note=f": worse, the model was fitted to seed {fitted.get('chip_seed', 0)}" if fitted else "",
         ),
         size=size_table(info),
         results=f"## Results\n\n{results_table(results)}\n\n{results.get('protocol', '')}" if results else "",
@@ -161,8 +163,10 @@ def _provenance(provenance: dict[str, Any]) -> str:
     weights = f"The original's weights are those of {provenance['weights']}. " if "weights" in provenance else ""
     fitted = ""
     if "chip" in provenance:
-        written = ", codes written for its cells" if provenance["chip"]["codes"] else ""
-        fitted = f" Then fitted to the chip of seed {provenance['chip']['chip_seed']} alone{written}."
+        written = ", its codes written for those cells: off that chip it is not the model that it should be"
+        written = written if provenance["chip"]["codes"] else ""
+        seed = provenance["chip"]["cim"].get("chip_seed", 0)
+        fitted = f" Then fitted to the simulated chip of seed {seed} alone{written}."
     return (
         f"{weights}Calibrated on {amount} of {text} (seed {calibration.get('seed')}); {provenance.get('method')}; "
         f"{provenance.get('seconds')} seconds.{fitted}"

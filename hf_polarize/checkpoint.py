@@ -34,6 +34,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import cached_file
 
 from .backbone import backbone_layers
+from .cim.hook import warn_if_fitted
 from .configuration import PolarizeConfig, SurrogateConfig
 from .deflation import attach_deflation, removed_directions
 from .quantizer import BackboneHfQuantizer
@@ -157,6 +158,7 @@ def _load_surrogates(
         attach_deflation(model, load_file(removed))
     sidecar = cached_file(peft_model_id, SIDECAR, _raise_exceptions_for_missing_entries=False, **download)
     model.polarization = read_json(Path(sidecar)) if sidecar else {}
+    warn_if_fitted(model)
     return info
 
 

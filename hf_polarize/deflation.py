@@ -304,7 +304,8 @@ def fit_to_chip(
             [`~hf_polarize.cim.programming.codes_for_cells`]. It takes a chip whose cells were measured one by one.
 
     Raises:
-        ValueError: If a layer is not deflated, or none is on a chip.
+        ValueError: If a layer is not deflated, or none is on a chip; or on a chip with `model="fast"`, where that is
+            not valid for the new codes of a layer.
     """
     core, left = core_model(model), deflated_on_chip(model)
     exact = [(name, layer.chip.reason) for name, layer in left.items() if layer.chip.reason is not None]
@@ -323,7 +324,7 @@ def fit_to_chip(
                 known = known if two_sided else replace(known, g=None)
                 _fit_layer(left.pop(name), name, weight, known, codes, config)
                 bar.update()
-    if chip.adc_range != "full":
+    if chip.adc_range != "full" and chip.adc_bits is not None:
         attach_cim(model, chip.replace(ranges={}), batches)
 
 
@@ -333,6 +334,7 @@ def _fit_layer(
 ) -> None:
     """Fit A, R and B of one layer to its chip, and with `codes` what is written."""
     deflation: Deflation = layer.deflation
+    layer.chip.move(weight.device)
     a, b = (getattr(deflation.surrogate, part)[deflation.adapter].weight for part in ("lora_A", "lora_B"))
     beyond = b.double() - (weight - layer.dequantized().double()) @ deflation.r.double()
     weight = weight + beyond @ a.double()
@@ -340,9 +342,13 @@ def _fit_layer(
     if codes:
         rest = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device) - r @ first
         seen = Covariance(damped(rest @ damped(known.h) @ rest.T))
-        chip: CIMConfig = layer.chip.config
+        chip, before = layer.chip.config, layer.weight.detach().clone()
         layer.store(codes_for_cells(layer, name, weight, seen, chip), layer.block_scales())
-        layer.chip = OnChip(layer, name, chip)
+        try:
+            layer.chip = OnChip(layer, name, chip)
+        except ValueError:  # model="fast", and not valid for the new codes
+            layer.weight.data.copy_(before)
+            raise
         first, r = _path_on_chip(layer, weight, known, len(a), config)
     a.copy_(first)
     b.copy_((weight - layer.dequantized().double()) @ r)

@@ -130,7 +130,7 @@ def check_unquantized(model: PreTrainedModel) -> None:
 
 
 def check_original(original: PreTrainedModel, model: PreTrainedModel, backbone: dict[str, BackboneLayer]) -> None:
-    """Raise if a model is not the one that a backbone was made from, as far as classes and shapes tell."""
+    """Raise if a model is not the one that a backbone was made from, as far as classes, shapes and weights tell."""
     check_unquantized(original)
     if type(original) is not type(model):
         raise ValueError(f"the original is a {type(original).__name__}, the model a {type(model).__name__}")
@@ -151,7 +151,7 @@ def check_original(original: PreTrainedModel, model: PreTrainedModel, backbone: 
             )
         weight = weight_matrix(modules[name]).detach().float()
         error = float((weight - layer.dequantized().float()).norm() / weight.norm().clamp(min=1e-30))
-        if error > LARGEST_ERROR:
+        if not error <= LARGEST_ERROR:
             raise ValueError(
                 f"{name} of the model is {100 * error:.0f} % off that of the original: that is another model, or one "
                 "whose codes were written for a chip of bad cells"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .calibration import MEMORY_LIMIT, layer_statistics
-from .cim.hook import attach_cim
+from .cim.hook import attach_cim, cells_of
 from .compensation import Compensation
 from .configuration import ClosedForm, PolarizeConfig, SurrogateConfig
 from .data import calibration_batches, lengths, lines_per_window, spread
@@ -183,14 +184,17 @@ def calibrate_to_chip(
     provenance: dict[str, Any] = record.setdefault("provenance", {})
     if "chip" in provenance:
         raise ValueError(
-            f"the model was fitted to the chip of seed {provenance['chip']['chip_seed']} already: begin with the "
-            "model that was made for any chip"
+            "the model was fitted to a chip already, or its fitting was interrupted: begin with the model that was "
+            "made for any chip"
         )
     check_original(original, core, layers)
     names = provenance.get("base_model"), public_name(original.config._name_or_path)
     if None not in names and names[0] != names[1]:
         logger.warning(f"the model was made from {names[0]}, and the original that is given is {names[1]}")
-    form = closed_form or ClosedForm(**provenance.get("closed_form", {}))
+    known = provenance.get("closed_form", {})
+    form = closed_form or ClosedForm(
+        **{key: known[key] for key in ("gradients", "weigh_tokens", "two_sided") if key in known}, deflated=True
+    )
     linear = {name: original.get_submodule(name) for name in layers}
     training = original.training
     original.eval()
@@ -199,17 +203,17 @@ def calibrate_to_chip(
             original, data, processor or load_processor(original), window, max_tokens, batch_size, seed, text_column,
             lines,
         )  # fmt: skip
-        chip_seed = core.config.quantization_config.cim.chip_seed
+        gradients = form.gradients and (form.weigh_tokens or form.two_sided)
+        parts = layer_statistics(original, batches, linear, memory_limit, gradients, form.weigh_tokens, seed)
+        statistics = itertools.chain([next(parts)], parts)  # what can't be measured is refused before a layer changes
         provenance["chip"] = {
-            "chip_seed": chip_seed,
+            "cim": cells_of(core.config.quantization_config.cim),
             "codes": codes,
             "calibration": describe_calibration(data, batches, window, lines, seed),
         }
         record.pop("results", None)
         record["layers"] = {}
         core.polarization, core.sensitivity, core.layer_losses = record, None, None
-        gradients = form.gradients and (form.weigh_tokens or form.two_sided)
-        statistics = layer_statistics(original, batches, linear, memory_limit, gradients, form.weigh_tokens, seed)
         fit_to_chip(model, linear, statistics, batches, form.two_sided, codes)
     finally:
         original.train(training)

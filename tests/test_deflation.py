@@ -23,6 +23,7 @@ from hf_polarize import (
     polarize,
     save_polarized,
 )
+from hf_polarize import deflation as deflation_module
 from hf_polarize.backbone import quantize_linear
 from hf_polarize.calibration import layer_statistics
 from hf_polarize.card import model_card
@@ -371,7 +372,8 @@ def test_calibrated_to_a_chip():
     calibrate_to_chip(fitted, original, batches())
     calibrate_to_chip(written, original, batches(), codes=True)
     assert error(written) < 0.7 * error(fitted) and error(fitted) < error(model)
-    attach_cim(written, chip.replace(chip_seed=5))
+    for one in (written, model):
+        attach_cim(one, chip.replace(chip_seed=5))
     assert error(written) > error(model)
 
 
@@ -384,17 +386,46 @@ def test_a_fitted_model_is_saved_as_such_and_not_fitted_again(tmp_path, caplog):
     calibrate_to_chip(model, original, batches(), chosen, codes=True, memory_limit=2**14)  # in several passes
     assert not any(torch.equal(b, before[name]) for name, (_, b) in factors(model).items())
     save_polarized(model, tmp_path / "fitted")
-    assert (
-        "fitted to the chip of seed 0 alone, codes written"
-        in model_card(inspect_checkpoint(tmp_path / "fitted"), "me/fitted").content
-    )
+    card = model_card(inspect_checkpoint(tmp_path / "fitted"), "me/fitted").content
+    assert "fitted to the simulated chip of seed 0 alone, its codes written for those cells" in card
+    assert "chip.replace(chip_seed=1))  # another chip of its kind: worse, the model was fitted to seed 0" in card
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "fitted")
     reset_reads(model)
     assert torch.equal(output(again, inputs), output(model, inputs))
-    with pytest.raises(ValueError, match="was fitted to the chip of seed 0 already"):
+    with pytest.raises(ValueError, match="was fitted to a chip already"):
         calibrate_to_chip(again, original, batches())
     attach_cim(again, NOISY.replace(chip_seed=1))
-    assert "is the worse for it on that of seed 1" in caplog.text
+    assert "fitted to a chip of its own (seed 0), and is the worse for it on this one (seed 1)" in caplog.text
+    caplog.clear()
+    other = PolarizeConfig(cim=NOISY.replace(chip_seed=2))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "fitted", quantization_config=other)
+    assert "on this one (seed 2)" in caplog.text
+
+
+def test_what_can_not_be_measured_leaves_a_model_as_it_was():
+    model, original = polarized(cim=NOISY), tiny_model("llama-tied")
+    before = {name: b.detach().clone() for name, (_, b) in factors(model).items()}
+    broken = copy.deepcopy(original)
+    broken.model.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="finite"):
+        calibrate_to_chip(model, broken, batches())
+    assert all(torch.equal(b, before[name]) for name, (_, b) in factors(model).items())
+    calibrate_to_chip(model, original, batches())
+
+
+def test_a_chip_that_must_run_fast_keeps_codes_that_can(monkeypatch):
+    model, original = polarized(cim=NOISY), tiny_model("llama-tied")
+    attach_cim(model, NOISY.replace(model="fast"))
+    layer = model.model.layers[0].self_attn.q_proj.get_base_layer()
+    before = layer.dequantized().clone()
+
+    def refused(*_):
+        raise ValueError("not valid")
+
+    monkeypatch.setattr(deflation_module, "OnChip", refused)
+    with pytest.raises(ValueError, match="not valid"):
+        calibrate_to_chip(model, original, batches(), codes=True)
+    assert torch.equal(layer.dequantized(), before)
 
 
 def test_a_chip_with_measured_ranges_is_measured_anew():

@@ -71,17 +71,17 @@ def test_the_fast_model_has_the_moments_of_the_exact_one(both_models):
 
 
 def test_the_fast_model_follows_tokens_with_few_large_values(both_models):
-    """Most of their planes drive few rows, and in two's complement most are copies of the sign."""
+    """
+    Most of their planes drive few rows, and in two's complement most are copies of the sign.
+
+    Nothing is fitted to them: 256 rows under 7 bits err 8 % less than they should, all others 5 % at most.
+    """
     exact, quick = both_models(torch.randn(384, 512, generator=torch.Generator().manual_seed(3)) ** 3)
-    assert float(quick.std() / exact.std()) == pytest.approx(1, abs=0.1)
-    assert ks_2samp((exact / exact.std()).flatten(), (quick / exact.std()).flatten()).statistic < 0.03
+    assert float(quick.std() / exact.std()) == pytest.approx(1, abs=0.08)
+    assert ks_2samp((exact / exact.std()).flatten(), (quick / exact.std()).flatten()).statistic < 0.025
 
 
-VALID = []
-
-
-@settings(derandomize=True, deadline=None, max_examples=80)
-@given(
+ANY_CHIP = (
     st.fixed_dictionaries({
         "encoding": st.sampled_from(["sign_magnitude", "twos_complement"]),
         "rows": st.sampled_from([32, 64, 128]),
@@ -99,20 +99,25 @@ VALID = []
         "chip_seed": st.integers(0, 1000),
     })
 )  # fmt: skip
-def test_where_the_fast_model_calls_itself_valid_it_is(arguments):
-    errors, reason = errors_of(CIMConfig(**arguments))
-    VALID.append(reason is None)
-    if reason is not None:
-        return
-    exact, quick = errors(torch.randn(192, 512, generator=torch.Generator().manual_seed(2)))
-    if float(exact.std()) > 1e-6:  # else there is nothing but rounding in float32
-        assert float(quick.std() / exact.std()) == pytest.approx(1, abs=0.05)
-        assert ks_2samp((exact / exact.std()).flatten(), (quick / exact.std()).flatten()).statistic < 0.04
 
 
-def test_the_fast_model_is_mostly_valid():
-    """Of those above; else they would say little."""
-    assert sum(VALID) >= 0.5 * len(VALID)
+def test_where_the_fast_model_calls_itself_valid_it_is():
+    valid = []
+
+    @settings(derandomize=True, deadline=None, max_examples=80)
+    @given(ANY_CHIP)
+    def check(arguments):
+        errors, reason = errors_of(CIMConfig(**arguments))
+        valid.append(reason is None)
+        if reason is not None:
+            return
+        exact, quick = errors(torch.randn(192, 512, generator=torch.Generator().manual_seed(2)))
+        if float(exact.std()) > 1e-6:  # else there is nothing but rounding in float32
+            assert float(quick.std() / exact.std()) == pytest.approx(1, abs=0.05)
+            assert ks_2samp((exact / exact.std()).flatten(), (quick / exact.std()).flatten()).statistic < 0.04
+
+    check()
+    assert sum(valid) > 0.5 * len(valid)
 
 
 @pytest.mark.parametrize("rows, features", [(64, 100), (300, 700)])

@@ -7,8 +7,10 @@ from conftest import output, tiny_inputs, tiny_model
 from hf_polarize import CIMConfig, ClosedForm, PolarizeConfig, SurrogateConfig, attach_cim, polarize
 from hf_polarize.backbone import quantize_linear
 from hf_polarize.cim import fast as fast_module
+from hf_polarize.cim.array import Converter
 from hf_polarize.cim.chip import generator_for
 from hf_polarize.cim.hook import OnChip, reset_reads
+from hf_polarize.cim.moments import column_offsets, read_moments
 from hf_polarize.cim.variation import SampledChips, chip_moments
 
 
@@ -45,6 +47,62 @@ def test_weights_over_chips_have_the_moments_that_are_computed(encoding, defects
         assert float(off.square().mean()) == pytest.approx(1, abs=5 * (2 / len(off)) ** 0.5)  # chi-squared
         assert float(found.var(0).sum() / moments.variance.sum()) == pytest.approx(1, abs=0.05)
         assert float(offset.var(0).sum()) == pytest.approx(float(moments.offset.sum()), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "defects", [{"adc_bits": 8}, {"adc_bits": 7, "mismatch": 0.1}, {"ir_drop": 0.05, "adc_bits": 9}]
+)
+def test_the_moments_are_those_of_chips_that_are_fitted_to_their_readings(defects):
+    linear = torch.nn.Linear(256, 64, bias=False)
+    linear.weight = torch.nn.Parameter(torch.randn(64, 256, generator=torch.Generator().manual_seed(1)))
+    config = CIMConfig.preset("noisy").replace(**defects)
+    layer = quantize_linear(linear, PolarizeConfig(cim=config))
+    moments = chip_moments(layer, config)
+    made = torch.stack([OnChip(layer, "layer", config.replace(chip_seed=seed)).fast.weight for seed in range(20)])
+    assert float((made.mean(0) * moments.mean).sum() / moments.mean.square().sum()) == pytest.approx(1, abs=0.02)
+    assert float(made.var(0).sum() / moments.variance.sum()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8, 16, 17, 64])
+def test_readings_of_signed_counts_follow_their_cells_as_computed(rows):
+    """kappa and variance against half a million readings, under an ADC of whole counts."""
+    config = CIMConfig.preset("noisy", adc_bits=7)
+    converter = Converter.of(config, 64.0)
+    found = read_moments(converter, torch.tensor([rows]), torch.tensor([0.45], dtype=torch.float64), config)
+    generator = torch.Generator().manual_seed(0)
+    cells = torch.rand(2**19, rows, generator=generator)
+    cells = torch.where(cells < 0.225, -1.0, torch.where(cells < 0.45, 1.0, 0.0)).double()
+    noise = torch.randn(2, len(cells), generator=generator, dtype=torch.float64)
+    count, own = cells.sum(1), 0.15 * cells.abs().sum(1).sqrt() * noise[0]
+    error = converter(count + own + 0.02 * noise[1]) - count
+    kappa = float((error * own).mean() / own.square().mean())
+    assert float(found.kappa) == pytest.approx(kappa, abs=0.015)
+    assert float(found.static) == pytest.approx(float(own.square().mean()), rel=0.02)
+    assert float(found.variance) == pytest.approx(float((error - kappa * own).var()), rel=0.04, abs=1e-4)
+
+
+@pytest.mark.parametrize("sigma", [0.2, 0.9, 1.1, 3.2, 6.4])
+def test_offsets_of_any_width_are_those_of_drawn_columns(sigma):
+    """kappa and the variance of readings, against a million readings; the least offsets are below a step of 1."""
+    config = CIMConfig(column_offset=sigma, mismatch=0.05, read_noise=0.1, adc_bits=9, rows=64)
+    converter = Converter(1.0, -500, 500, mid_rise=False)
+    driven, density = torch.tensor([40]), torch.tensor([0.5], dtype=torch.float64)
+    found = read_moments(converter, driven, density, config)
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(n):
+        return torch.randn(n, generator=generator, dtype=torch.float64)
+
+    n = 2**20
+    count = torch.distributions.Binomial(40, 0.5).sample((n,)).double()
+    own = normal(n) * 0.05 * count.sqrt()
+    reading = converter(count + own + sigma * normal(n) + 0.1 * normal(n)) - count
+    kappa = float((reading * own).mean() / own.square().mean())
+    assert float(found.kappa) == pytest.approx(kappa, abs=0.05)
+    assert found.biases.shape[0] == len(column_offsets(converter, config)[0])
+    spread = float(found.variance + found.kappa.square() * found.static)
+    of_columns = float(found.biases[:, 0, 0].square() @ column_offsets(converter, config)[1])
+    assert spread + of_columns == pytest.approx(float(reading.var()), rel=0.03)
 
 
 @pytest.mark.parametrize("preset", ["noisy", "nvm", "sram-28nm", "sram-16nm"])

@@ -272,7 +272,7 @@ def typical_readings(
     """
     numbers = torch.randn(SAMPLED_TOKENS, in_features, generator=torch.Generator().manual_seed(0))
     q, _ = quantized_inputs(numbers, config.input_bits)
-    coefficients = integer_planes(torch.zeros(1), config.input_bits, config.encoding)[1]
+    bits, coefficients = integer_planes(q, config.input_bits, config.encoding)
     kind = "magnitude" if config.signed else "bits"
     driven = driven_rows(q, -(-in_features // config.rows), config.rows, len(coefficients), kind)
     often = torch.nn.functional.one_hot(driven, config.rows + 1).double().mean((0, 1))  # (planes, rows + 1)
@@ -280,8 +280,11 @@ def typical_readings(
     kappas, variances, static = (
         torch.stack([getattr(moments, part) for moments in of_planes], 1) for part in ("kappa", "variance", "static")
     )
-    following = coefficients.square() @ often @ (static + 1e-30)
-    kappa = coefficients.square() @ often @ (kappas * (static + 1e-30)) / following
+    # planes of inputs drive rows in common and err together there: weights by the covariance of what they drive
+    shared = bits.flatten(1).double() @ bits.flatten(1).double().T
+    weights = coefficients * (shared @ coefficients)
+    followed = (often @ (kappas * (static + 1e-30))) / (often @ (static + 1e-30))
+    kappa = weights @ followed / weights.sum()
     each = (variances + (kappas - kappa).square() * static) @ significance.square()
     biases = torch.stack([moments.biases @ often.T @ coefficients for moments in of_planes])
     return TypicalReadings(
@@ -368,10 +371,10 @@ def _fit(
     own = fast.weight - (nominal * scale[..., None]).flatten(1)[:, : q.shape[1]]  # type: ignore[union-attr]
     product, static = (q.double() @ weight[columns].double().T for weight in (fast.weight, own))
     error, normal = exact - product - fast.offset[columns], slice(len(typical))
-    both = torch.stack([product[normal].flatten(), static[normal].flatten()])
-    gain, more = (
-        torch.linalg.pinv(both @ both.T, rtol=1e-9, hermitian=True) @ (both @ error[normal].flatten())
-    ).tolist()
+    fitted, judged = (slice(0, None, 2), slice(1, None, 2)) if len(columns) > 1 else (slice(None), slice(None))
+    both = torch.stack([product[normal, fitted].flatten(), static[normal, fitted].flatten()])
+    weighed = both @ error[normal, fitted].flatten()
+    gain, more = (torch.linalg.pinv(both @ both.T, rtol=1e-9, hermitian=True) @ weighed).tolist()
     fast.weight.mul_(1 + gain).add_(own, alpha=more)
     error = error - gain * product - more * static
     static = static[normal] * (1 + more) + gain * product[normal]
@@ -391,7 +394,8 @@ def _fit(
         return f"{100 * lasting:.0f} % of the error is one of columns, for all inputs (offsets that an ADC swallows)"
     static = static / fast.std[columns]
     chance = error.numel() ** -0.5
-    off = float((error / spread + static).square().mean() / (1 + static.square().mean())) ** 0.5 - 1
+    off = (error / spread + static)[:, judged].square().mean() / (1 + static[:, judged].square().mean())
+    off = float(off) ** 0.5 - 1
     if abs(off) > LARGEST_MISFIT + chance:
         return f"readings do not follow the errors of cells as usual: all errors are {100 * off:+.0f} % off"
     share = 1 / (1 + float(static.square().mean()))

@@ -76,7 +76,7 @@ class OnChip:
             moments ([`~hf_polarize.cim.variation.ChipMoments`]): of this layer.
             generator (`torch.Generator`): draws the chip; on the CPU.
         """
-        self._move(moments.mean.device)
+        self.move(moments.mean.device)
 
         def draw(mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
             noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean.device)
@@ -102,7 +102,7 @@ class OnChip:
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Return `(tokens, out)`, float32, without the bias. Autocast has no say in what an array computes."""
-        self._move(x.device)
+        self.move(x.device)
         with torch.autocast(x.device.type, enabled=False):
             q, scale = quantized_inputs(x, self.config.input_bits)
             if self.varied is not None:
@@ -112,7 +112,8 @@ class OnChip:
             y = exact_product(q, self.planes, self.scale, self.config, self.converter, self._reads)
             return y.float().mul_(scale)
 
-    def _move(self, device: torch.device) -> None:
+    def move(self, device: torch.device) -> None:
+        """Take the chip to where its layer is."""
         if self.scale.device != device:
             self.scale = self.scale.to(device)
             self.fast = self.fast.to(device)
@@ -161,12 +162,6 @@ def attach_cim(model: nn.Module, config: CIMConfig, data: Iterable[Batch] | None
         raise TypeError(f"attach_cim takes a CIMConfig; got {type(config).__name__}")
     core = core_model(model)
     chosen = _chosen(core, config)
-    fitted = (getattr(core, "polarization", None) or {}).get("provenance", {}).get("chip")
-    if fitted and fitted["chip_seed"] != config.chip_seed:
-        logger.warning(
-            f"cim: the model was fitted to the chip of seed {fitted['chip_seed']}, and is the worse for it on that of "
-            f"seed {config.chip_seed}"
-        )
     if any(layer.deflation is not None for layer in chosen.values()):
         config = config.quietly()
     if config.adc_bits is not None and config.adc_range != "full" and not set(chosen) <= set(config.ranges):
@@ -191,7 +186,24 @@ def attach_cim(model: nn.Module, config: CIMConfig, data: Iterable[Batch] | None
     for name, layer in chosen.items():
         layer.chip = made[name]
     core.config.quantization_config.cim = config
+    warn_if_fitted(core)
     return model
+
+
+def cells_of(config: CIMConfig) -> dict[str, Any]:
+    """Return what a chip is by itself, as JSON can hold it: not how it is read and simulated."""
+    return config.replace(read_seed=0, model="auto", layers=None, ranges={}).to_dict()
+
+
+def warn_if_fitted(core: nn.Module) -> None:
+    """Warn of a model that was fitted to another chip than the one it is on."""
+    fitted = (getattr(core, "polarization", None) or {}).get("provenance", {}).get("chip")
+    chip: CIMConfig | None = core.config.quantization_config.cim  # type: ignore[union-attr, assignment]
+    if fitted and chip is not None and cells_of(chip) != fitted["cim"]:
+        logger.warning(
+            f"cim: the model was fitted to a chip of its own (seed {fitted['cim'].get('chip_seed', 0)}), and is the "
+            f"worse for it on this one (seed {chip.chip_seed})"
+        )
 
 
 def detach_cim(model: nn.Module) -> nn.Module:

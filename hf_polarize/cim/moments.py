@@ -13,8 +13,10 @@ from .configuration import CIMConfig
 
 POINTS = 6.0
 """Standard deviations to either side that are counted."""
-REACH, OFFSETS = 5.0, 32
-"""Standard deviations up to which offsets of columns are told apart, and the most of them to either side."""
+FEW = 16
+"""Driven rows up to which numbers of active ones are told apart at each count."""
+REACH, PHASES = 5.0, 16
+"""Standard deviations up to which offsets of columns are told apart, and into how many a step of an ADC is divided."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def column_offsets(converter: Converter | None, config: CIMConfig) -> tuple[torc
     Return offsets of columns, and how often each occurs.
 
     Between neighbours readings are taken as linear: they are as near as the steps of the converter, smoothed by noise,
-    ask for.
+    ask for. Beside offsets of more than a step the steps themselves are nothing that a column has of its own.
 
     Returns:
         Two of shape `(offsets,)`, float64; 0 alone if all columns are alike.
@@ -53,9 +55,9 @@ def column_offsets(converter: Converter | None, config: CIMConfig) -> tuple[torc
     if not sigma:
         return torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     step = sigma / 4
-    if converter is not None:
-        step = min(step, max(converter.step / 32, config.reading_noise / 4))
-    each_side = min(OFFSETS, math.ceil(REACH * sigma / step))
+    if converter is not None and sigma < converter.step:
+        step = min(step, max(converter.step / PHASES, config.reading_noise / 4))
+    each_side = math.ceil(REACH * sigma / step)
     offsets = torch.linspace(-REACH * sigma, REACH * sigma, 2 * each_side + 1, dtype=torch.float64)
     weights = torch.exp(-0.5 * (offsets / sigma).square())
     return offsets, weights / weights.sum()
@@ -75,7 +77,8 @@ def count_distribution(
     Returns:
         Counts, their probabilities, and the mean number of active rows at each count, `(n, counts)`, float64, within
         [`POINTS`] standard deviations. By the discrete Fourier transform of the characteristic function,
-        `(1 - a + a cos t)^driven` or `(1 - a + a e^it)^driven`.
+        `(1 - a + a cos t)^driven` or `(1 - a + a e^it)^driven`. For signed counts of up to [`FEW`] rows each number of
+        active rows comes by itself: steps of an ADC follow the spread of many and swallow that of few.
     """
     rows = int(driven.max())
     size = 2 * rows + 1
@@ -94,7 +97,18 @@ def count_distribution(
     p = torch.where(inside, probability.gather(1, at).clamp(min=0), 0.0)
     k = active.gather(1, at) / probability.gather(1, at).clamp(min=1e-300)
     k = torch.where(p > 1e-12, k, 0.0).clamp(0, rows)
-    return counts.double(), p / p.sum(1, keepdim=True), k
+    counts, p = counts.double(), p / p.sum(1, keepdim=True)
+    if not signed or int(driven.min()) > FEW:
+        return counts, p, k
+    pairs = [(a, c, math.comb(a, (a + c) // 2) / 2**a) for a in range(FEW + 1) for c in range(-a, a + 1, 2)]
+    some, own, share = (torch.tensor(part, dtype=torch.float64, device=p.device) for part in zip(*pairs, strict=True))
+    ways = torch.lgamma(n + 1.0) - torch.lgamma(some + 1) - torch.lgamma((n - some).clamp(min=0) + 1.0)
+    chance = torch.exp(ways) * density[:, None] ** some * (1 - density[:, None]) ** (n - some).clamp(min=0)
+    chance = torch.where((n <= FEW) & (some <= n), chance * share, 0.0)
+    return (
+        torch.cat([counts, own.expand(chance.shape)], 1), torch.cat([torch.where(n <= FEW, 0.0, p), chance], 1),
+        torch.cat([k, some.expand(chance.shape)], 1),
+    )  # fmt: skip
 
 
 def read_moments(
@@ -127,9 +141,15 @@ def read_moments(
 
     m = mean(static)
     std = (static + random).clamp(min=1e-18).sqrt()
-    offsets, weights_of_offsets = column_offsets(converter, config)
+    offsets, often = column_offsets(converter, config)
+    wide = converter is not None and config.column_offset >= converter.step
+    if wide:  # all phases of a step occur alike
+        points = converter.step * (torch.arange(PHASES, dtype=torch.float64) / PHASES - 0.5)  # type: ignore[union-attr]
+        often = torch.full_like(points, 1 / PHASES)
+    else:
+        points = offsets
     biases, followed, total = [], torch.zeros_like(m), torch.zeros_like(m)
-    for offset, weight in zip(offsets.tolist(), weights_of_offsets.tolist(), strict=True):
+    for offset, weight in zip(points.tolist(), often.tolist(), strict=True):
         if converter is None:
             bias, second, slope = torch.full_like(m, offset), mean(std.square()) + offset**2, m
         else:
@@ -142,7 +162,10 @@ def read_moments(
         total += weight * (second - bias.square()).clamp(min=0)
     kappa = torch.where(m > 0, followed / m.clamp(min=1e-300), 1.0)
     variance = (total - kappa.square() * m).clamp(min=0)
-    return ReadMoments(torch.stack(biases), kappa.view(shape), variance.view(shape), m.view(shape))
+    of_columns = torch.stack(biases)
+    if wide:
+        of_columns = offsets[:, None, None] + (of_columns - points[:, None, None]).mean(0)
+    return ReadMoments(of_columns, kappa.view(shape), variance.view(shape), m.view(shape))
 
 
 def _conversion(
