@@ -381,31 +381,46 @@ def _fit(
     follows = gain * product[normal] / (fast.loudness(q[normal]) * fast.std[columns]).clamp(min=1e-30)
     error = error / (fast.loudness(q) * fast.std[columns]).clamp(min=1e-30)
     error, rare = error[normal], error[len(typical) :]
-    lasting = float(error.mean(0).var() / error.var()) - 1 / len(error) if len(columns) > 1 else 0.0
     spread = float(error.square().mean().sqrt())
     fast.std *= spread
     if spread == 0:
         return None
+    return _objection(error / spread, rare / spread, static / fast.std[columns], follows / spread, judged)
+
+
+def _objection(
+    noise: torch.Tensor, rare: torch.Tensor, static: torch.Tensor, follows: torch.Tensor, judged: slice
+) -> str | None:
+    """
+    Say why a sample of errors is not what the fast model says of it, if it isn't.
+
+    Args:
+        noise (`torch.Tensor` of shape `(tokens, columns)`): what readings add, in standard deviations, float64.
+        rare (`torch.Tensor` of shape `(other tokens, columns)`): the same of tokens with few large values.
+        static (`torch.Tensor` of the shape of `noise`): the errors of the chip's weights.
+        follows (`torch.Tensor` of the shape of `noise`): what was put down to the gain of the output.
+        judged (`slice`): columns that nothing but the noise was fitted to.
+    """
     slope = float(follows.square().mean())
-    slope /= slope + spread**2
+    slope /= slope + 1
     if slope > LARGEST_SLOPE:
         return f"{100 * slope:.0f} % of the error follows the output (clipping, or a dead zone around 0)"
+    lasting = float(noise.mean(0).var() / noise.var()) - 1 / len(noise) if noise.shape[1] > 1 else 0.0
     if lasting > LARGEST_LASTING:
         return f"{100 * lasting:.0f} % of the error is one of columns, for all inputs (offsets that an ADC swallows)"
-    static = static / fast.std[columns]
-    chance = error.numel() ** -0.5
-    off = (error / spread + static)[:, judged].square().mean() / (1 + static[:, judged].square().mean())
+    chance = noise.numel() ** -0.5
+    off = (noise + static)[:, judged].square().mean() / (1 + static[:, judged].square().mean())
     off = float(off) ** 0.5 - 1
     if abs(off) > LARGEST_MISFIT + chance:
         return f"readings do not follow the errors of cells as usual: all errors are {100 * off:+.0f} % off"
     share = 1 / (1 + float(static.square().mean()))
-    kurtosis = share**2 * (float((error / spread).square().square().mean()) - 3)
+    kurtosis = share**2 * (float(noise.square().square().mean()) - 3)
     if kurtosis > LARGEST_KURTOSIS + 15 * chance:  # three standard deviations of sqrt(24 / n)
         return f"readings err too seldom for normal noise (excess kurtosis {kurtosis:.1f})"
-    distance = _distance(error / spread, static)
+    distance = _distance(noise, static)
     if distance > LARGEST_DISTANCE + chance:
         return f"errors are not normal (a distance of {distance:.3f} by Kolmogorov and Smirnov)"
-    deviation = ((share * float(rare.square().mean()) / spread**2 + 1 - share) ** 0.5) - 1
+    deviation = ((share * float(rare.square().mean()) + 1 - share) ** 0.5) - 1
     if abs(deviation) > LARGEST_DEVIATION + rare.numel() ** -0.5:
         return f"errors of tokens with few large values are {100 * deviation:+.0f} % off"
     return None
