@@ -28,7 +28,7 @@ from hf_polarize.cim.variation import SampledChips, chip_moments
 )
 def test_weights_over_chips_have_the_moments_that_are_computed(encoding, defects, monkeypatch):
     """What the closed form goes by, against 300 chips that are made, and 300 that are sampled for training."""
-    monkeypatch.setattr(fast_module, "_fit", lambda *_: None)  # which is of a single chip
+    monkeypatch.setattr(fast_module, "fit_to_readings", lambda *_: None)  # which is of a single chip
     linear = torch.nn.Linear(64, 32, bias=False)
     linear.weight = torch.nn.Parameter(torch.randn(32, 64, generator=torch.Generator().manual_seed(0)))
     config = CIMConfig(**{"encoding": encoding, "read_noise": 0.0, "adc_bits": None, **defects})

@@ -262,14 +262,19 @@ class CIMConfig:
         return self.drift_spread * math.log(self.drift_time / DRIFT_START)
 
     @property
+    def cell_variance(self) -> float:
+        """Variance of an active cell from cell to cell, in units of the average one: mismatch, and spread of drift."""
+        return self.cell_mismatch**2 + self.log_drift_spread**2
+
+    @property
     def static_variance(self) -> float:
         """
-        Variance of an active cell in units of the average one: mismatch, spread of drift, and its place on the wire.
+        Variance of an active cell in units of the average one, its place on the wire included.
 
         Stuck cells are off by whole counts; they are not in it.
         """
         wire = self.ir_drop / (1 - self.ir_drop / 2)  # by which cells differ along it, evenly
-        return self.cell_mismatch**2 + self.log_drift_spread**2 + wire**2 / 12
+        return self.cell_variance + wire**2 / 12
 
     def covers(self, layer: str) -> bool:
         """Whether a layer of this name is on the chip."""

@@ -128,8 +128,7 @@ def weight_code(config: CIMConfig, levels: torch.Tensor) -> WeightCode:
     if config.on_grid:
         # an active cell errs by its spread and where it is stuck at 0; stuck at 1 it is right, and one that is 0 isn't
         stuck = config.stuck_at_zero + (config.stuck_at_one if config.signed else -config.stuck_at_one)
-        spread = config.cell_mismatch**2 + config.log_drift_spread**2
-        variance = spread + stuck if config.mapping == "quiet" else 0.0
+        variance = config.cell_variance + stuck if config.mapping == "quiet" else 0.0
         return _grid_code(config.weight_bits, config.encoding, variance)
     levels = levels.cpu()
     if len(levels) != 16:
