@@ -6,6 +6,7 @@ from conftest import array_of, random_integers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import ks_2samp
+from torch.testing import assert_close
 
 from hf_polarize import CIMConfig
 from hf_polarize.cim import array as array_module
@@ -68,6 +69,17 @@ def test_the_fast_model_has_the_moments_of_the_exact_one(both_models):
     exact, quick = both_models(torch.randn(384, 512, generator=torch.Generator().manual_seed(2)))
     assert float(quick.std() / exact.std()) == pytest.approx(1, abs=0.05)
     assert ks_2samp((exact / exact.std()).flatten(), (quick / exact.std()).flatten()).statistic < 0.02
+
+
+@pytest.mark.parametrize("encoding", ["sign_magnitude", "twos_complement"])
+def test_without_an_adc_columns_of_another_gain_are_another_weight(encoding):
+    """Nothing is random then: both models are one product, but for weights in 16 bits."""
+    config = CIMConfig(encoding=encoding, adc_bits=None, mismatch=0.0, read_noise=0.0, column_gain=0.01)
+    errors, reason = errors_of(config)
+    assert reason is None
+    exact, quick = errors(torch.randn(64, 512, generator=torch.Generator().manual_seed(2)))
+    assert exact.std() > 0.01
+    assert_close(quick, exact, rtol=0, atol=float(0.02 * exact.std()))
 
 
 def test_the_fast_model_follows_tokens_with_few_large_values(both_models):

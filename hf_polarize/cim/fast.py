@@ -325,7 +325,8 @@ def fast_array(
     weight = (total * scale[..., None]).flatten(1)[:, :in_features].contiguous()
     std = scale.double().square().sum(1).sqrt() * math.sqrt(variance)
     weights = scale.double().square().mean(0).cpu()
-    share = (weights / weights.sum())[:, None, None] * coefficients.square()[:, None] * each / max(variance, 1e-300)
+    relative = coefficients.square()[:, None] * (each / variance if variance else torch.zeros_like(each))
+    share = (weights / weights.sum())[:, None, None] * relative
     copies = None
     if not config.signed and converter is not None:  # all planes above i count -2^(i+1) together
         usual = torch.tensor(cells, dtype=torch.float64) @ significance.square() / significance.square().sum()

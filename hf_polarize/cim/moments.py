@@ -142,30 +142,29 @@ def read_moments(
     m = mean(static)
     std = (static + random).clamp(min=1e-18).sqrt()
     offsets, often = column_offsets(converter, config)
-    wide = converter is not None and config.column_offset >= converter.step
+    if converter is None:
+        biases = offsets[:, None, None].expand(-1, *shape)
+        return ReadMoments(biases, torch.ones(shape).double(), torch.full(shape, random).double(), m.view(shape))
+    wide = config.column_offset >= converter.step
     if wide:  # all phases of a step occur alike
-        points = converter.step * (torch.arange(PHASES, dtype=torch.float64) / PHASES - 0.5)  # type: ignore[union-attr]
+        points = converter.step * (torch.arange(PHASES, dtype=torch.float64) / PHASES - 0.5)
         often = torch.full_like(points, 1 / PHASES)
     else:
         points = offsets
-    biases, followed, total = [], torch.zeros_like(m), torch.zeros_like(m)
+    means, followed, total = [], torch.zeros_like(m), torch.zeros_like(m)
     for offset, weight in zip(points.tolist(), often.tolist(), strict=True):
-        if converter is None:
-            bias, second, slope = torch.full_like(m, offset), mean(std.square()) + offset**2, m
-        else:
-            codes, chance, slopes = _conversion(counts + offset, std, converter)
-            error = codes - counts[..., None]
-            bias, second = mean((chance * error).sum(-1)), mean((chance * error.square()).sum(-1))
-            slope = mean(slopes * static)
-        biases.append(bias.view(shape))
-        followed += weight * slope
+        codes, chance, slopes = _conversion(counts + offset, std, converter)
+        error = codes - counts[..., None]
+        bias, second = mean((chance * error).sum(-1)), mean((chance * error.square()).sum(-1))
+        means.append(bias.view(shape))
+        followed += weight * mean(slopes * static)
         total += weight * (second - bias.square()).clamp(min=0)
     kappa = torch.where(m > 0, followed / m.clamp(min=1e-300), 1.0)
     variance = (total - kappa.square() * m).clamp(min=0)
-    of_columns = torch.stack(biases)
+    biases = torch.stack(means)
     if wide:
-        of_columns = offsets[:, None, None] + (of_columns - points[:, None, None]).mean(0)
-    return ReadMoments(of_columns, kappa.view(shape), variance.view(shape), m.view(shape))
+        biases = offsets[:, None, None] + (biases - points[:, None, None]).mean(0)
+    return ReadMoments(biases, kappa.view(shape), variance.view(shape), m.view(shape))
 
 
 def _conversion(
