@@ -68,7 +68,7 @@ class BackboneLayer(nn.Module):
         """Multiply as this layer is set to run: on a chip, with rounded inputs, or plainly."""
         x = x.contiguous()  # bitsandbytes' CPU kernel takes rows at their first stride
         if self.chip is not None:
-            return self.chip(x, self.bias)  # type: ignore[no-any-return]
+            return self.chip(x, self.bias, self.training)  # type: ignore[no-any-return]
         return self.product(x if self.activations is None else fake_quantize(x, self.activations))
 
     def product(self, x: torch.Tensor) -> torch.Tensor:

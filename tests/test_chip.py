@@ -164,6 +164,37 @@ def test_read_noise_is_new_at_every_read_and_can_begin_anew(tmp_path):
     assert torch.equal(output(model, inputs), first)
 
 
+@pytest.mark.parametrize("kind", ["fast", "exact"])
+def test_gradient_checkpointing_reads_the_same_again(kind, tmp_path):
+    """Else the gradients would be those of another forward pass than the loss."""
+    model = attach_cim(quantized("llama-tied", tmp_path), NOISY.replace(read_noise=1.0, model=kind)).train()
+    inputs, embedding = tiny_inputs(model), model.get_input_embeddings().weight
+
+    def gradients():
+        torch.manual_seed(0)
+        embedding.grad = None
+        embedding.requires_grad_()
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        loss.backward()
+        return loss, embedding.grad
+
+    loss, expected = gradients()
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        again, found = gradients()
+        assert torch.equal(again, loss)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["fast", "exact"])
+def test_a_token_of_zeros_reads_as_nothing(kind, tmp_path):
+    layer = next(layer for _, layer in backbone_layers(quantized("llama-tied", tmp_path)))
+    chip = OnChip(layer, "layer", NOISY.replace(read_noise=1.0, column_offset=1.0, model=kind))
+    x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(0))
+    x[2] = 0
+    assert chip.product(x)[2].abs().max() == 0 and chip.product(x)[1].abs().min() > 0
+
+
 def test_only_the_layers_that_were_chosen(tmp_path):
     model = attach_cim(quantized("llama-tied", tmp_path), NOISY.replace(layers=[r"mlp\.down_proj"]))
     assert {name.rpartition(".")[2] for name, _ in chips(model)} == {"down_proj"}

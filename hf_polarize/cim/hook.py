@@ -93,23 +93,40 @@ class OnChip:
         """Begin the noise of readings anew."""
         self._reads = generator_for(self.config.read_seed, "reads", self.name)
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Multiply `(..., in)` with the weight of this chip: `(..., out)` in the dtype of the input."""
-        y: torch.Tensor = _OnChipProduct.apply(x.reshape(-1, self.in_features), self)  # type: ignore[no-untyped-call]
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None, training: bool = False) -> torch.Tensor:
+        """
+        Multiply `(..., in)` with the weight of this chip: `(..., out)` in the dtype of the input.
+
+        While training, readings have the noise that torch's own generator says, like dropout: gradient checkpointing
+        and a Trainer that resumes know how to draw it again.
+        """
+        reads = self._reads
+        if training:
+            reads = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
+        y: torch.Tensor = _OnChipProduct.apply(  # type: ignore[no-untyped-call]
+            x.reshape(-1, self.in_features), self, reads
+        )
         if bias is not None:
             y = y + bias
-        return y.view(*x.shape[:-1], -1).to(x.dtype)
+        return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Return `(tokens, out)`, float32, without the bias. Autocast has no say in what an array computes."""
+    def product(self, x: torch.Tensor, reads: torch.Generator | None = None) -> torch.Tensor:
+        """
+        Return `(tokens, out)`, float32, without the bias. Autocast has no say in what an array computes.
+
+        Args:
+            x (`torch.Tensor` of shape `(tokens, in)`): the inputs.
+            reads (`torch.Generator`, *optional*): of the noise of readings; that of `read_seed` by default.
+        """
+        reads = reads or self._reads
         self.move(x.device)
         with torch.autocast(x.device.type, enabled=False):
             q, scale = quantized_inputs(x, self.config.input_bits)
             if self.varied is not None:
-                return self.varied(q, scale, self._reads)
+                return self.varied(q, scale, reads)
             if self.planes is None:
-                return self.fast(q, scale, self._reads)
-            y = exact_product(q, self.planes, self.scale, self.config, self.converter, self._reads)
+                return self.fast(q, scale, reads)
+            y = exact_product(q, self.planes, self.scale, self.config, self.converter, reads)
             return y.float().mul_(scale)
 
     def move(self, device: torch.device) -> None:
@@ -125,16 +142,16 @@ class _OnChipProduct(torch.autograd.Function):
     """The product on a chip, with the gradient of its weight, straight through rounding (arXiv 1308.3432)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, chip: OnChip) -> torch.Tensor:
-        y = chip.product(x)
+    def forward(ctx: Any, x: torch.Tensor, chip: OnChip, reads: torch.Generator) -> torch.Tensor:
+        y = chip.product(x, reads)
         ctx.fast = chip.varied or chip.fast
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = grad_outputs
         weight = ctx.fast.weight
-        return (gradient.to(weight.dtype) @ weight).to(gradient.dtype), None
+        return (gradient.to(weight.dtype) @ weight).to(gradient.dtype), None, None
 
 
 def attach_cim(model: nn.Module, config: CIMConfig, data: Iterable[Batch] | None = None) -> nn.Module:

@@ -58,12 +58,11 @@ def quantized_inputs(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Te
         bits (`int`): with the sign.
 
     Returns:
-        q, float32, and s, `(tokens, 1)`, float32; 1 for a token of zeros, not finite for one that isn't.
+        q, float32, and s, `(tokens, 1)`, float32; 0 for a token of zeros, not finite for one that isn't.
     """
     x = x.float()
     scale = x.abs().amax(dim=-1, keepdim=True) / (2 ** (bits - 1) - 1)
-    scale.masked_fill_(scale == 0, 1.0)
-    return (x / scale).round_(), scale
+    return (x / scale.masked_fill(scale == 0, 1.0)).round_(), scale
 
 
 @dataclass(frozen=True)
