@@ -322,7 +322,7 @@ def fit_to_chip(
                 known = Statistics.unseen(originals[name]) if part is None else part[name]
                 weight = weight_matrix(originals[name]).double()
                 known = known if two_sided else replace(known, g=None)
-                _fit_layer(left.pop(name), name, weight, known, codes, config)
+                _fit_layer(left.pop(name), weight, known, codes, config)
                 bar.update()
     if chip.adc_range != "full" and chip.adc_bits is not None:
         attach_cim(model, chip.replace(ranges={}), batches)
@@ -330,7 +330,7 @@ def fit_to_chip(
 
 @torch.no_grad()
 def _fit_layer(
-    layer: BackboneLayer, name: str, weight: torch.Tensor, known: Statistics, codes: bool, config: PolarizeConfig
+    layer: BackboneLayer, weight: torch.Tensor, known: Statistics, codes: bool, config: PolarizeConfig
 ) -> None:
     """Fit A, R and B of one layer to its chip, and with `codes` what is written."""
     deflation: Deflation = layer.deflation
@@ -343,9 +343,9 @@ def _fit_layer(
         rest = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device) - r @ first
         seen = Covariance(damped(rest @ damped(known.h) @ rest.T))
         chip, before = layer.chip.config, layer.weight.detach().clone()
-        layer.store(codes_for_cells(layer, name, weight, seen, chip), layer.block_scales())
+        layer.store(codes_for_cells(layer, layer.chip.name, weight, seen, chip), layer.block_scales())
         try:
-            layer.chip = OnChip(layer, name, chip)
+            layer.chip = OnChip(layer, layer.chip.name, chip)
         except ValueError:  # model="fast", and not valid for the new codes
             layer.weight.data.copy_(before)
             raise

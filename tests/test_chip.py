@@ -281,6 +281,43 @@ def test_measured_ranges_are_kept(how, tmp_path):
     assert torch.equal(output(AutoModelForCausalLM.from_pretrained(tmp_path / "saved"), inputs), measured)
 
 
+def test_ranges_hold_for_what_they_were_measured_for(tmp_path):
+    model = quantized("llama-tied", tmp_path)
+    inputs = tiny_inputs(model)
+    attach_cim(model, CIMConfig(adc_range="percentile", percentile=90.0, mismatch=0.1), data=[inputs])
+    kept = model.config.quantization_config.cim
+    assert kept.ranges and max(kept.ranges.values()) < kept.rows
+    assert kept.replace(chip_seed=1, mismatch=0.2, layers=["q_proj"], percentile=90.0).ranges == kept.ranges
+    for change in ({"adc_range": "full"}, {"percentile": 99.9}, {"rows": 16}, {"adc_range": "mse"}):
+        assert not kept.replace(**change).ranges
+    expected = output(attach_cim(model, CIMConfig(mismatch=0.1)), inputs)
+    attach_cim(model, kept.replace(adc_range="full", ranges=kept.ranges))  # of no meaning there
+    assert torch.equal(output(model, inputs), expected)
+    attach_cim(model, kept.replace(adc_bits=None, model="fast"))  # nothing is cut without an ADC
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "t5"])
+def test_a_checkpoint_is_the_same_chip_with_a_head_and_without(family, tmp_path):
+    model = quantized(family, tmp_path)
+    inputs = tiny_inputs(model)
+    measured = NOISY.replace(read_noise=0.0, adc_range="max", layers=[r"\.[01]\."])
+    attach_cim(model, measured, data=[inputs]).save_pretrained(tmp_path / "saved")
+    bare = transformers.AutoModel.from_pretrained(tmp_path / "saved")
+    on_chip = dict(chips(model))
+    assert on_chip
+    for (name, chip), (_, again) in zip(on_chip.items(), chips(bare), strict=True):
+        x = torch.randn(3, chip.in_features, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(chip.product(x), again.product(x)), name
+
+
+@pytest.mark.parametrize("pattern", [r"^model\.layers\.0", r"^layers\.0"])
+def test_layers_are_found_with_a_head_and_without(pattern, tmp_path):
+    model = quantized("llama-tied", tmp_path)
+    for core in (model, model.model):
+        core.config.quantization_config = model.config.quantization_config
+        assert len(list(chips(attach_cim(core, NOISY.replace(layers=[pattern]))))) == 7
+
+
 def test_ranges_are_of_what_the_array_gets(tmp_path):
     """A failure to measure them leaves the chip that was attached."""
     model = polarize(

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -125,7 +126,12 @@ def test_the_physical_defaults_of_a_chip():
         ({"input_bits": 9}, "input_bits must be an integer in 2..8; got 9"),
         ({"adc_bits": 0}, "adc_bits must be an integer in 1..16"),
         ({"encoding": "offset"}, "encoding must be one of 'twos_complement', 'sign_magnitude'; got 'offset'"),
-        ({"mismatch": -0.1}, r"mismatch must be a number in 0.0..1.0; got -0.1"),
+        ({"mismatch": -0.1}, r"mismatch must be a number in 0..1; got -0.1"),
+        ({"read_noise": math.inf}, r"read_noise must be a number in 0..10000; got inf"),
+        ({"column_offset": math.nan}, r"column_offset must be a number in 0..10000; got nan"),
+        ({"drift_time": math.inf}, r"drift_time must be a number in 20..1e\+12; got inf"),
+        ({"ranges": {"a": 0.0}}, r"ranges: the largest count of a must be in 0..4096; got 0.0"),
+        ({"ranges": 3}, "ranges must be a dict of a largest count by layer; got 3"),
         ({"stuck_at_zero": 0.7, "stuck_at_one": 0.7}, "sum is above 1"),
         ({"mapping": "learned", "weight_bits": 8}, "has weight_bits of 4 to 7 planes; got 8"),
         ({"mapping": "one_hot", "rows": 48}, "rows that divide the 64 weights"),
@@ -180,3 +186,5 @@ def test_presets_and_dicts_of_chips():
     config = CIMConfig.preset("nvm", chip_seed=3)
     assert CIMConfig.from_dict(config.to_dict()) == config
     assert CIMConfig().to_dict() == {}
+    of_numpy = CIMConfig(chip_seed=np.arange(3)[2], mismatch=np.float32(0.25))
+    assert json.loads(json.dumps(of_numpy.to_dict())) == {"chip_seed": 2, "mismatch": 0.25}

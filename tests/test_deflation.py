@@ -395,11 +395,11 @@ def test_a_fitted_model_is_saved_as_such_and_not_fitted_again(tmp_path, caplog):
     with pytest.raises(ValueError, match="was fitted to a chip already"):
         calibrate_to_chip(again, original, batches())
     attach_cim(again, NOISY.replace(chip_seed=1))
-    assert "fitted to a chip of its own (seed 0), and is the worse for it on this one (seed 1)" in caplog.text
+    assert "fitted to one chip, and is the worse for it on this one, with chip_seed 1 instead of 0" in caplog.text
     caplog.clear()
     other = PolarizeConfig(cim=NOISY.replace(chip_seed=2))
     AutoModelForCausalLM.from_pretrained(tmp_path / "fitted", quantization_config=other)
-    assert "on this one (seed 2)" in caplog.text
+    assert "with chip_seed 2 instead of 0" in caplog.text
 
 
 def test_what_can_not_be_measured_leaves_a_model_as_it_was():

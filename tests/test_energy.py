@@ -3,10 +3,19 @@
 import json
 
 import pytest
-from conftest import tiny_model
+from conftest import SIZES, VOCABULARY, tiny_model
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_polarize import CIMConfig
-from hf_polarize.cim.energy import EnergyConfig, LayerShape, attention_macs, bill_of, digital_mac, paper_section
+from hf_polarize.cim.energy import (
+    EnergyConfig,
+    LayerShape,
+    adc_energy,
+    attention_macs,
+    bill_of,
+    digital_mac,
+    paper_section,
+)
 from hf_polarize.cli import main
 
 CHIP = CIMConfig(rows=64, adc_bits=6, v_dd=0.8, cell_capacitance=1.0)
@@ -22,7 +31,7 @@ def test_three_layers_by_hand():
         LayerShape("head", 1000, 100, on_chip=False),
     ]
     bill = bill_of(shapes, 500, CHIP, SEVEN, nf4=True)
-    adc = (100 * 6 + 0.001 * 4096) * 0.64 * 7 / 28 * 1e-3  # 0.0966 pJ a reading
+    adc = (100 * 6 * 7 / 28 + 0.001 * 4096) * 0.64 * 1e-3  # 0.0986 pJ a reading
     shift_add = 17.5 * 7 / 28 * 1e-3
     cell = 0.5 * half * 1.0 * 0.64 * 1e-3  # 0.16 fJ
     a, b, head = bill.layers["a"], bill.layers["b"], bill.layers["head"]
@@ -99,6 +108,29 @@ def test_digital_arithmetic_between_the_nodes():
 def test_attention_counts_its_context():
     config = tiny_model("llama-tied").config  # 2 layers, 4 heads of 16
     assert attention_macs(config, 10) == 2 * 10 * 64 * 2
+    config.sliding_window, config.layer_types = 4, ["full_attention", "sliding_attention"]
+    assert attention_macs(config, 10) == 2 * (10 + 4) * 64
+    # two layers of an encoder, and two of a decoder that attend twice
+    assert attention_macs(tiny_model("t5").config, 10) == 2 * 10 * 64 * (2 + 2 * 2)
+    image = tiny_model("vit").config
+    assert attention_macs(image, 10) == 2 * ((image.image_size // image.patch_size) ** 2 + 1) * 64 * 2
+
+
+def test_noise_costs_an_adc_the_same_at_every_node():
+    """The ADC of `noisy`, 10 bits at 0.8 V: 1049 fJ / V^2 for the noise, 1000 at 28 nm for the rest."""
+    noisy = CIMConfig.preset("noisy")
+    for node in (28, 7):
+        assert adc_energy(noisy, node) == pytest.approx((1000 * node / 28 + 1048.576) * 0.64)
+
+
+def test_narrow_layers_have_no_more_rank_than_they_can(tmp_path, tokenizer):
+    config = LlamaConfig(**SIZES[LlamaConfig], num_key_value_heads=1, vocab_size=VOCABULARY)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {tmp_path / 'model'}\nr: 4\ncim: noisy\noutput_dir: {tmp_path / 'out'}\n")
+    assert main(["energy", str(recipe)]) == 0
+    assert list(json.loads((tmp_path / "out" / "energy.json").read_text())["ranks"]) == ["0", "16", "2", "4", "8"]
 
 
 def test_the_command(tmp_path, capsys, tokenizer):

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 from transformers.utils import logging
@@ -27,10 +28,17 @@ Relative standard deviation of a metal capacitor of 1 fF; it falls with the squa
 capacitance (Pelgrom et al., JSSC 24, 1433, 1989). The value is assumed: below the some 1 % of good fringe capacitors.
 """
 MAX_ROWS = 4096
+LARGEST = 1e4
+"""Of offsets and noise, in counts or mV: more than any column can count."""
 DRIFT_START = 20.0
 """Seconds after programming at which the drift of a non-volatile cell is counted from."""
 
 
+MEASURED_FOR = {
+    "input_bits", "weight_bits", "encoding", "mapping", "rows", "adc_bits", "adc_range", "percentile", "zero_code",
+    "ir_drop", "drift_exponent", "drift_time",
+}  # fmt: skip
+"""Arguments that the measured range of an ADC depends on."""
 ACTS_THROUGH = {
     "v_dd": ("read_noise",), "temperature": ("read_noise",), "adc_noise": ("read_noise",),
     "cell_capacitance": ("mismatch", "read_noise"),
@@ -74,7 +82,7 @@ class CIMConfig:
         adc_range (`str`, defaults to `"full"`):
             `"full"`: all counts that can be. `"max"`, `"percentile"`, `"mse"`: the largest count, the percentile, or
             the range of least mean squared rounding error, layer by layer, of counts seen on data: give data to
-            [`attach_cim`].
+            [`attach_cim`]. Without an ADC there is nothing to measure.
         percentile (`float`, defaults to 99.9): of the magnitudes of counts, for `adc_range="percentile"`.
         zero_code (`bool`, defaults to `True`): whether a code stands for a count of exactly 0 (mid-tread); otherwise 0
             lies between two codes (mid-rise).
@@ -105,7 +113,7 @@ class CIMConfig:
         layers (`list[str]`, *optional*): regular expressions; only layers whose name one of them finds are on the
             chip. Left out: the whole backbone.
         ranges (`dict[str, float]`): largest count of the ADC by layer, where `adc_range` was measured; filled in by
-            [`attach_cim`].
+            [`attach_cim`]. [`replace`] drops them if it changes what they were measured for.
 
     Raises:
         ValueError: If a value is not among those accepted; the message names them.
@@ -144,6 +152,7 @@ class CIMConfig:
         self._check_numbers()
         self._check_choices()
         self._check_layers()
+        self._check_ranges()
         if self.adc_bits is not None and self.adc_range == "full" and 2**self.adc_bits < self.span:
             logger.warning_once(
                 f"cim: adc_bits={self.adc_bits} gives {2**self.adc_bits} codes for a span of {self.span} counts "
@@ -183,6 +192,13 @@ class CIMConfig:
             except re.error as error:
                 raise ValueError(f"cim: layers: {pattern!r} is no regular expression, {error}") from error
 
+    def _check_ranges(self) -> None:
+        if not isinstance(self.ranges, dict):
+            raise ValueError(f"cim: ranges must be a dict of a largest count by layer; got {self.ranges!r}")
+        for layer, count in self.ranges.items():
+            if isinstance(count, bool) or not isinstance(count, Real) or not 0 < float(count) <= MAX_ROWS:
+                raise ValueError(f"cim: ranges: the largest count of {layer} must be in 0..{MAX_ROWS}; got {count!r}")
+
     def _check_numbers(self) -> None:
         whole: tuple[tuple[str, int, int], ...] = (
             ("input_bits", 2, 8),
@@ -196,30 +212,32 @@ class CIMConfig:
             value = getattr(self, name)
             if name == "adc_bits" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or not first <= value <= last:
+            if isinstance(value, bool) or not isinstance(value, Integral) or not first <= int(value) <= last:
                 raise ValueError(f"cim: {name} must be an integer in {first}..{last}; got {value!r}")
+            object.__setattr__(self, name, int(value))  # those of NumPy are no JSON
         for name, low, high in (
             ("percentile", 50.0, 100.0),
             ("cell_capacitance", 1e-3, 1e6),
             ("mismatch", 0.0, 1.0),
             ("column_gain", 0.0, 1.0),
-            ("column_offset", 0.0, math.inf),
+            ("column_offset", 0.0, LARGEST),
             ("stuck_at_zero", 0.0, 1.0),
             ("stuck_at_one", 0.0, 1.0),
             ("ir_drop", 0.0, 1.0),
             ("drift_exponent", 0.0, 1.0),
             ("drift_spread", 0.0, 1.0),
-            ("drift_time", 20.0, math.inf),
-            ("adc_noise", 0.0, math.inf),
-            ("read_noise", 0.0, math.inf),
+            ("drift_time", DRIFT_START, 1e12),
+            ("adc_noise", 0.0, LARGEST),
+            ("read_noise", 0.0, LARGEST),
             ("v_dd", 0.1, 10.0),
             ("temperature", 1.0, 1000.0),
         ):
             value = getattr(self, name)
             if value is None and name in ("mismatch", "read_noise"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise ValueError(f"cim: {name} must be a number in {low}..{high}; got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
+                raise ValueError(f"cim: {name} must be a number in {low:g}..{high:g}; got {value!r}")
+            object.__setattr__(self, name, float(value))
         if self.stuck_at_zero + self.stuck_at_one > 1:
             raise ValueError("cim: stuck_at_zero and stuck_at_one are shares of all cells; their sum is above 1")
 
@@ -276,16 +294,27 @@ class CIMConfig:
         wire = self.ir_drop / (1 - self.ir_drop / 2)  # by which cells differ along it, evenly
         return self.cell_variance + wire**2 / 12
 
+    @property
+    def measured(self) -> bool:
+        """Whether the range of the ADC is that of counts seen on data."""
+        return self.adc_bits is not None and self.adc_range != "full"
+
+    def largest_count(self, layer: str) -> float:
+        """Return the count at the end of the ADC's range."""
+        return self.ranges.get(layer, float(self.rows)) if self.measured else float(self.rows)
+
     def covers(self, layer: str) -> bool:
         """Whether a layer of this name is on the chip."""
         return self.layers is None or any(re.search(pattern, layer) for pattern in self.layers)
 
     def quietly(self) -> CIMConfig:
         """Return a copy with the mapping `"quiet"`, if this one leaves it open."""
-        return self if self.mapping is not None else self.replace(mapping="quiet")
+        return self if self.mapping is not None else self.replace(mapping="quiet", ranges=self.ranges)
 
     def replace(self, **changes: Any) -> CIMConfig:
-        """Return a copy with other values."""
+        """Return a copy with other values, without the `ranges` if they were measured for something else."""
+        if any(getattr(self, name) != changes[name] for name in MEASURED_FOR & changes.keys()):
+            changes = {"ranges": {}, **changes}
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:

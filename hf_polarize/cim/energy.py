@@ -137,9 +137,13 @@ def input_planes(chip: CIMConfig) -> int:
 
 
 def adc_energy(chip: CIMConfig, node: float) -> float:
-    """Return what a reading costs in the ADC, fJ: `(100 b + 0.001 * 4^b) V^2 * node / 28`."""
+    """
+    Return what a reading costs in the ADC, fJ: `(100 b * node / 28 + 0.001 * 4^b) V^2`.
+
+    The second term is what thermal noise asks for, at any node.
+    """
     bits = adc_bits(chip)
-    return float(ADC_LINEAR.value * bits + ADC_EXPONENTIAL.value * 4**bits) * chip.v_dd**2 * node / 28
+    return float(ADC_LINEAR.value * bits * node / 28 + ADC_EXPONENTIAL.value * 4**bits) * chip.v_dd**2
 
 
 def adc_bits(chip: CIMConfig) -> int:
@@ -154,11 +158,13 @@ def layer_energy(layer: LayerShape, chip: CIMConfig, energy: EnergyConfig, code:
     With B_x and B_w planes of inputs and weights, C the cell, N rows and G = ceil(in / N) groups of rows:
 
         array      B_x B_w out in * activity * share of cells that hold 1 * C V^2
-        ADC        B_x B_w out G * (100 b + 0.001 * 4^b) V^2 * node / 28
+        ADC        B_x B_w out G * (100 b * node / 28 + 0.001 * 4^b) V^2
         shift-add  B_x B_w out G * 17.5 fJ * node / 28
         scales     out G multiply-accumulates
         surrogate  r (in + out) multiply-accumulates
         deflation  r (in + out) more: R z and Q R z
+
+    V is the supply of the array and its ADCs. Digital logic has the nominal one of its node.
 
     Args:
         layer ([`LayerShape`]): the layer.
@@ -327,11 +333,25 @@ def model_shapes(
 
 
 def attention_macs(config: Any, context: int) -> int:
-    """Return the multiply-accumulates of attention per token: scores and sums over `context` tokens, all layers."""
+    """
+    Return the multiply-accumulates of attention per token: scores and sums over `context` tokens, all layers.
+
+    Layers with a sliding window look back on no more than that, those of an image on its patches. In an
+    encoder-decoder a token is one of each, and those of the decoder attend to themselves and to the encoder's.
+    """
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     layers = getattr(text, "num_hidden_layers", None)
     if not heads or not layers:
         return 0
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return int(2 * context * heads * size * layers)
+    size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads
+    patch, image = getattr(text, "patch_size", None), getattr(text, "image_size", None)
+    if isinstance(patch, int) and isinstance(image, int):
+        context = (image // patch) ** 2 + 1
+    window = getattr(text, "sliding_window", None) or context
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * layers
+    looks_back = sum(min(window, context) if kind == "sliding_attention" else context for kind in kinds)
+    if getattr(config, "is_encoder_decoder", False):
+        decoder = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None) or layers
+        looks_back += 2 * decoder * context
+    return int(2 * looks_back * heads * size)

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..backbone import weight_matrix
 from ..checkpoint import read_json, write_json
 from ..configuration import SurrogateConfig
 from ..pipeline import load_model
@@ -43,7 +44,7 @@ from .sweep import BACKBONE, DEFLATED
 logger = logging.get_logger(__name__)
 NODE_CONSTANTS = ("digital MAC, fJ", "ADC, fJ per reading", "shift-add, fJ per reading")
 RANKS = (0, 2, 4, 8, 16, 32)
-"""Of the table of ranks."""
+"""Of the table of ranks, as far as the narrowest layer has them."""
 
 
 def energy_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
@@ -72,6 +73,7 @@ def energy_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     plan = make_plan(model, recipe.polarize_config(), recipe.surrogate_config())
     attention = attention_macs(model.config, assumed.context)
     nf4, on_chip = recipe.backbone == "nf4", {name for name in plan.layers if chip.covers(name)}
+    narrowest = min(min(weight_matrix(layer).shape) for layer in plan.layers.values())
 
     def bill(energy: EnergyConfig, ranks: dict[str, int], deflated: bool) -> Bill:
         return bill_of(model_shapes(model, on_chip, ranks, deflated), attention, chip, energy, nf4)
@@ -81,8 +83,9 @@ def energy_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
         return bill(assumed, ranks, deflated)
 
     main = bill(assumed, plan.ranks, recipe.deflated)
-    at_rank = {rank: at(rank) for rank in RANKS}
+    at_rank = {rank: at(rank) for rank in RANKS if rank <= narrowest}
     at_node = {node: bill(replace(assumed, node=node), plan.ranks, recipe.deflated) for node in NODES}
+    paper_rank = min(PAPER_RANK, narrowest)
     record = {
         **main.to_dict(),
         "ranks": {str(rank): {"TOPS/W": b.tops_per_watt, "pJ per token": b.total} for rank, b in at_rank.items()},
@@ -96,7 +99,7 @@ def energy_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
             }
             for node, b in at_node.items()
         },
-        "paper": {"rank": PAPER_RANK, **paper_section(at(PAPER_RANK))},
+        "paper": {"rank": paper_rank, **paper_section(at(paper_rank))},
         "constants": [{"name": name, **vars(constant)} for name, constant in _constants(chip, assumed).items()],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -269,7 +272,7 @@ Logic and converters of other nodes, the array (its capacitance and its {chip.v_
 ## The paper's claim
 
 arXiv 2411.05845 claims about {paper["claim, TOPS/W"]:g} TOPS/W at rank 8, which is {paper["claim, fJ per MAC"]:.2f} fJ
-for each multiply-accumulate. With rank {PAPER_RANK} everywhere the layers on the chip come to
+for each multiply-accumulate. With rank {paper["rank"]} everywhere the layers on the chip come to
 {paper["backbone layers here, TOPS/W"]:.1f} TOPS/W under the assumptions here. Surrogates, and what deflates, do
 {100 * paper["share of surrogate MACs"]:.2f} % as many multiply-accumulates as the layers. For
 the claim to hold here, one of these may cost {paper[f"{fed} free"]:.0f} fJ if everything else is free, and
@@ -286,9 +289,11 @@ the claim to hold here, one of these may cost {paper[f"{fed} free"]:.0f} fJ if e
 {constants}
 
 Converters, shift-and-add and digital arithmetic between the nodes that were published are scaled, which is an
-assumption: the former two with the node, the latter with the power of the node that joins 45 and 7 nm. The array is
-billed as switched capacitors of {chip.cell_capacitance:g} fF; a resistive one conducts instead, and needs a figure of
-its own. {_adc(chip)}
+assumption: the former two with the node, but for the term of the ADC that thermal noise asks for, the latter with the
+power of the node that joins 45 and 7 nm. The array and its ADCs have {chip.v_dd:g} V, digital logic the supply of its
+node. The array is billed as switched capacitors of {chip.cell_capacitance:g} fF, with half of the input bits and all
+values of a weight equally frequent, which is more than real ones switch; a resistive one conducts instead, and needs a
+figure of its own. {_adc(chip)}
 
 ## How to run this again
 

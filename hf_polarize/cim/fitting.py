@@ -94,7 +94,7 @@ def _objection(
     off = (noise + static)[:, judged].square().mean() / (1 + static[:, judged].square().mean())
     off = float(off) ** 0.5 - 1
     if abs(off) > LARGEST_MISFIT + chance:
-        return f"readings do not follow the errors of cells as usual: all errors are {100 * off:+.0f} % off"
+        return f"readings do not follow the errors of cells as usual: errors are {1 + off:.2g} times as large"
     share = 1 / (1 + float(static.square().mean()))
     kurtosis = share**2 * (float(noise.square().square().mean()) - 3)
     if kurtosis > LARGEST_KURTOSIS + 15 * chance:  # three standard deviations of sqrt(24 / n)
@@ -104,7 +104,7 @@ def _objection(
         return f"errors are not normal (a distance of {distance:.3f} by Kolmogorov and Smirnov)"
     deviation = ((share * float(rare.square().mean()) + 1 - share) ** 0.5) - 1
     if abs(deviation) > LARGEST_DEVIATION + rare.numel() ** -0.5:
-        return f"errors of tokens with few large values are {100 * deviation:+.0f} % off"
+        return f"errors of tokens with few large values are {1 + deviation:.2g} times as large as the fast model's"
     return None
 
 

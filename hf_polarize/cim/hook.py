@@ -36,7 +36,7 @@ class OnChip:
 
     Args:
         layer ([`~hf_polarize.formats.BackboneLayer`]): its codes and scales are read once.
-        name (`str`): of the layer; its cells depend on it.
+        name (`str`): of the layer, as [`name_on_chip`] has it; its cells depend on it.
         config ([`CIMConfig`]): of the chip.
 
     Attributes:
@@ -52,11 +52,11 @@ class OnChip:
         levels = layer.levels()
         indices, scale = grouped_weights(layer.units(), layer.block_scales(), layer.block_size, config, levels)
         self.scale = scale / config.drift
-        self.converter = Converter.of(config, config.ranges.get(name, float(config.rows)))
+        self.converter = Converter.of(config, config.largest_count(name))
         self.in_features = layer.in_features
         planes = list(fabricate(indices, weight_code(config, levels), config, name))
         self.fast, self.reason = fast_array(planes, self.scale, self.converter, config, self.in_features)
-        if config.adc_range != "full" and self.reason is None:
+        if config.measured and self.reason is None:
             self.reason = f"adc_range={config.adc_range!r} may cut large counts"
         if config.model == "fast" and self.reason:
             raise ValueError(
@@ -165,7 +165,7 @@ def attach_cim(model: nn.Module, config: CIMConfig, data: Iterable[Batch] | None
         model (`PreTrainedModel` or `PeftModel`): with a backbone.
         config ([`CIMConfig`]): of the chip.
         data (`Iterable[dict[str, torch.Tensor]]`, *optional*): batches on which ranges of the ADC are measured; only
-            for an `adc_range` other than `"full"`.
+            for an `adc_range` other than `"full"`, and where the configuration does not have them yet.
 
     Returns:
         The same model.
@@ -181,7 +181,7 @@ def attach_cim(model: nn.Module, config: CIMConfig, data: Iterable[Batch] | None
     chosen = _chosen(core, config)
     if any(layer.deflation is not None for layer in chosen.values()):
         config = config.quietly()
-    if config.adc_bits is not None and config.adc_range != "full" and not set(chosen) <= set(config.ranges):
+    if config.measured and not set(chosen) <= set(config.ranges):
         if data is None:
             raise ValueError(
                 f"cim: adc_range={config.adc_range!r} is measured: give batches, attach_cim(model, config, data=...)"
@@ -216,11 +216,15 @@ def warn_if_fitted(core: nn.Module) -> None:
     """Warn of a model that was fitted to another chip than the one it is on."""
     fitted = (getattr(core, "polarization", None) or {}).get("provenance", {}).get("chip")
     chip: CIMConfig | None = core.config.quantization_config.cim  # type: ignore[union-attr, assignment]
-    if fitted and chip is not None and cells_of(chip) != fitted["cim"]:
-        logger.warning(
-            f"cim: the model was fitted to a chip of its own (seed {fitted['cim'].get('chip_seed', 0)}), and is the "
-            f"worse for it on this one (seed {chip.chip_seed})"
-        )
+    if not fitted or chip is None:
+        return
+    own, this = CIMConfig.from_dict(fitted["cim"]), CIMConfig.from_dict(cells_of(chip))
+    differs = [
+        item.name for item in dataclasses.fields(CIMConfig) if getattr(own, item.name) != getattr(this, item.name)
+    ]
+    if differs:
+        how = ", ".join(f"{name} {getattr(this, name)!r} instead of {getattr(own, name)!r}" for name in differs)
+        logger.warning(f"cim: the model was fitted to one chip, and is the worse for it on this one, with {how}")
 
 
 def detach_cim(model: nn.Module) -> nn.Module:
@@ -253,13 +257,29 @@ def _chosen(core: nn.Module, config: CIMConfig) -> dict[str, BackboneLayer]:
         raise ValueError(
             "cim: the model has no backbone to put on a chip; load it with quantization_config=PolarizeConfig(...)"
         )
-    chosen = {name: layer for name, layer in layers.items() if config.covers(name)}
+    prefix = f"{core.base_model_prefix}."
+    named = {name_on_chip(core, name): layer for name, layer in layers.items()}
+    chosen = {
+        name: layer for name, layer in named.items() if config.covers(name) or config.covers(name.removeprefix(prefix))
+    }
     if not chosen:
         raise ValueError(f"cim: none of the {len(layers)} layers has a name that layers={config.layers} finds")
     for name, layer in chosen.items():
         if layer.weight.device.type == "meta":
             raise ValueError(f"cim: {name} is offloaded; a chip takes layers that are in memory")
     return chosen
+
+
+def name_on_chip(core: nn.Module, layer: str) -> str:
+    """
+    Return the name of a layer with that of the base model before it.
+
+    So a checkpoint is the same chip whether it is loaded with a head (`model.layers.0...` in a Llama) or without one
+    (`layers.0...`).
+    """
+    prefix = f"{core.base_model_prefix}."
+    bare = core.base_model is core and not layer.startswith(prefix)
+    return f"{prefix}{layer}" if bare and len(prefix) > 1 else layer
 
 
 def chips(model: nn.Module) -> Iterator[tuple[str, OnChip]]:

@@ -106,12 +106,12 @@ class SampledChips:
         for _, layer in backbone_layers(core_model(model)):
             if layer.chip is not None:
                 self.layers.append((layer.chip, chip_moments(layer, layer.chip.config)))
-        exact = [chip for chip, _ in self.layers if chip.reason is not None]
+        exact = [chip for chip, _ in self.layers if chip.exact]
         if exact:
             logger.warning(
-                f"cim: sampled chips run by the fast model, which is not valid for {len(exact)} layers, among them "
-                f"{exact[0].name} ({exact[0].reason}): training does not see that. sample_chips=False trains on the "
-                "chip that is attached"
+                f"cim: sampled chips run by the fast model, while {len(exact)} layers of the one that is attached run "
+                f"exactly, among them {exact[0].name} ({exact[0].reason or 'model=' + repr(exact[0].config.model)}): "
+                "training does not see the difference. sample_chips=False trains on the chip that is attached"
             )
 
     def take(self, *names: object) -> None:
