@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from .backbone import quantize_linear
 from .checkpoint import write_json
+from .cim.array import INTEGERS_ARE_FAST
 from .cim.configuration import PRESETS, CIMConfig
 from .cim.hook import OnChip, chips, off_chip
 from .configuration import ClosedForm, PolarizeConfig
@@ -117,7 +118,7 @@ def machine(device: torch.device) -> str:
     name = f"{torch.get_num_threads()} threads of a CPU with {torch.backends.cpu.get_cpu_capability()}"
     if device.type != "cpu":
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-    elif torch.cpu._is_vnni_supported():
+    elif INTEGERS_ARE_FAST:
         name += " and VNNI"
     return f"{name}, torch {torch.__version__}"
 

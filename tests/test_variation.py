@@ -19,6 +19,7 @@ from hf_polarize.cim.variation import SampledChips, chip_moments
     "defects",
     [
         {"mismatch": 0.1, "ir_drop": 0.2},
+        {"mismatch": 1.0},  # cells are cut at 0 and 3
         {"mismatch": 0.05, "ir_drop": 0.1, "adc_bits": 8},
         {"mismatch": 0.05, "stuck_at_zero": 0.05, "stuck_at_one": 0.1},
         {"mismatch": 0.05, "column_gain": 0.02, "column_offset": 0.5},

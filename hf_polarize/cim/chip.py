@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -28,6 +29,18 @@ def generator_for(seed: int, *names: object) -> torch.Generator:
     text = "/".join(map(str, (seed, *names))).encode()
     number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") & (2**63 - 1)
     return torch.Generator("cpu").manual_seed(number)
+
+
+def cut_moments(mismatch: float) -> tuple[float, float]:
+    """Return the mean of a normal cell around 1 that is cut at 0 and [`LARGEST_CELL`], and that of its square."""
+    if not mismatch:
+        return 1.0, 1.0
+    normal = NormalDist(1.0, mismatch)
+    within, above = normal.cdf(LARGEST_CELL) - normal.cdf(0.0), 1 - normal.cdf(LARGEST_CELL)
+    low, high = (mismatch**2 * normal.pdf(end) for end in (0.0, LARGEST_CELL))
+    mean = within + low - high + LARGEST_CELL * above
+    square = (1 + mismatch**2) * within + low - (1 + LARGEST_CELL) * high + LARGEST_CELL**2 * above
+    return mean, square
 
 
 def cell_resolution(rows: int) -> float:

@@ -28,7 +28,26 @@ LARGEST_MISFIT = 0.025
 LARGEST_DISTANCE = 0.015
 """Distance of all errors from those of the fast model (Kolmogorov-Smirnov)."""
 LARGEST_DEVIATION = 0.17
-"""How far the error of tokens with few large values may be off. Chance is allowed as well, 1 / sqrt(sample)."""
+"""How far the error of tokens of another kind may be off. Chance is allowed as well, 1 / sqrt(sample)."""
+OTHERS = 16
+"""Tokens of each other kind."""
+
+
+def other_tokens(typical: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+    """
+    Return tokens that are not normal, as layers have them too: what most planes of those drive is little.
+
+    Args:
+        typical (`torch.Tensor` of shape `(tokens, in)`): integers, those of normal numbers.
+        bits (`int`): of an input.
+    """
+    some = typical[:OTHERS]
+    kinds = {
+        "few large values": some**3,
+        "few large values and no negative ones": some.relu() ** 3,
+        "few values but 0": some * (typical[OTHERS : 2 * OTHERS].abs() > 0.55 * typical.abs().max()),
+    }
+    return {kind: quantized_inputs(tokens, bits)[0] for kind, tokens in kinds.items()}
 
 
 def fit_to_readings(
@@ -45,8 +64,8 @@ def fit_to_readings(
     # noise of half a step smooths the steps: exp(-pi^2 / 2) of their mean error is left
     if config.signed and not converter.mid_rise and converter.step >= max(2, 2 * config.reading_noise):
         return f"a dead zone: counts up to {converter.step / 2:g} read as 0"
-    few_large, _ = quantized_inputs(typical[: len(typical) // 4] ** 3, config.input_bits)
-    q = torch.cat([typical, few_large]).to(scale.device)
+    others = other_tokens(typical, config.input_bits)
+    q = torch.cat([typical, *others.values()]).to(scale.device)
     columns = torch.arange(0, len(scale), max(1, len(scale) // SAMPLED_COLUMNS), device=scale.device)
     few = [plane.of_columns(columns) for plane in planes]
     exact = exact_product(q, few, scale[columns], config, converter, noise)
@@ -59,26 +78,28 @@ def fit_to_readings(
     weighed = both @ error[normal, fitted].flatten()
     gain, more = (torch.linalg.pinv(both @ both.T, rtol=1e-9, hermitian=True) @ weighed).tolist()
     fast.weight.mul_(1 + gain).add_(own, alpha=more)
+    error -= gain * product + more * static
     usual = (fast.loudness(q) * fast.std[columns]).clamp(min=1e-30)
-    error, follows = (error - gain * product - more * static) / usual, (gain * product / usual)[normal]
+    error, follows = error / usual, (gain * product / usual)[normal]
     static = static[normal] * (1 + more) + gain * product[normal]
-    error, rare = error[normal], error[len(typical) :]
-    spread = float(error.square().mean().sqrt())
+    spread = float(error[normal].square().mean().sqrt())
     fast.std *= spread
     if spread == 0:
         return None
-    return _objection(error / spread, rare / spread, static / fast.std[columns], follows / spread, judged)
+    noise_of, *noise_of_others = (error / spread).split([len(typical), *[OTHERS] * len(others)])
+    rare = dict(zip(others, noise_of_others, strict=True))
+    return _objection(noise_of, rare, static / fast.std[columns], follows / spread, judged)
 
 
 def _objection(
-    noise: torch.Tensor, rare: torch.Tensor, static: torch.Tensor, follows: torch.Tensor, judged: slice
+    noise: torch.Tensor, rare: dict[str, torch.Tensor], static: torch.Tensor, follows: torch.Tensor, judged: slice
 ) -> str | None:
     """
     Say why a sample of errors is not what the fast model says of it, if it isn't.
 
     Args:
         noise (`torch.Tensor` of shape `(tokens, columns)`): what readings add, in standard deviations, float64.
-        rare (`torch.Tensor` of shape `(other tokens, columns)`): the same of tokens with few large values.
+        rare (`dict[str, torch.Tensor]`): the same of tokens of other kinds, by what they have.
         static (`torch.Tensor` of the shape of `noise`): the errors of the chip's weights.
         follows (`torch.Tensor` of the shape of `noise`): what was put down to the gain of the output.
         judged (`slice`): columns that nothing but the noise was fitted to.
@@ -102,9 +123,10 @@ def _objection(
     distance = _distance(noise, static)
     if distance > LARGEST_DISTANCE + chance:
         return f"errors are not normal (a distance of {distance:.3f} by Kolmogorov and Smirnov)"
-    deviation = ((share * float(rare.square().mean()) + 1 - share) ** 0.5) - 1
-    if abs(deviation) > LARGEST_DEVIATION + rare.numel() ** -0.5:
-        return f"errors of tokens with few large values are {1 + deviation:.2g} times as large as the fast model's"
+    for kind, errors in rare.items():
+        deviation = ((share * float(errors.square().mean()) + 1 - share) ** 0.5) - 1
+        if abs(deviation) > LARGEST_DEVIATION + errors.numel() ** -0.5:
+            return f"errors of tokens with {kind} are {1 + deviation:.2g} times as large as the fast model's"
     return None
 
 

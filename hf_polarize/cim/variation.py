@@ -13,7 +13,7 @@ from ..backbone import backbone_layers
 from ..formats import BackboneLayer
 from ..surrogate import core_model
 from .array import Converter
-from .chip import generator_for, nominal_factor
+from .chip import cut_moments, generator_for, nominal_factor
 from .configuration import CIMConfig
 from .fast import typical_readings
 from .hook import OnChip
@@ -64,8 +64,8 @@ def chip_moments(layer: BackboneLayer, config: CIMConfig) -> ChipMoments:
     cells = code.cells.double()
     held, square = works * cells + (0 if config.signed else one), works * cells.square() + one  # stuck at 1, or +-1
     drifted = config.log_drift_spread**2  # of a log-normal factor; once is its mean, twice its mean square
-    once, twice = math.exp(drifted / 2), math.exp(2 * drifted) * (1 + config.cell_mismatch**2)
-    twice *= 1 + config.column_gain**2
+    once, twice = cut_moments(config.cell_mismatch)
+    once, twice = math.exp(drifted / 2) * once, math.exp(2 * drifted) * twice * (1 + config.column_gain**2)
     kappa, squared = typical.kappa, code.significance.square()
     # a cell reads as held * ((1 - kappa) * mean + kappa * factor * wire): stuck cells count in full, spread by kappa
     wire = nominal_factor(config, scale.device) / config.drift
