@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from .checkpoint import save_polarized
 from .cim.configuration import CIMConfig
-from .cim.hook import attach_cim, detach_cim
+from .cim.hook import attach_cim, detach_cim, off_chip, reset_reads
 from .configuration import ClosedForm, PolarizeConfig, SurrogateConfig
 from .data import calibration_batches
 from .distillation import teacher_dataset
@@ -27,8 +27,10 @@ __all__ = [
     "detach_cim",
     "distill",
     "merge_surrogates",
+    "off_chip",
     "polarize",
     "push_polarized",
+    "reset_reads",
     "save_polarized",
     "teacher_dataset",
 ]
