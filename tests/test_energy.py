@@ -57,6 +57,19 @@ def test_three_layers_by_hand():
     assert bill.to_dict()["TOPS/W, layers on the chip, 1 bit"] == pytest.approx(2 * 64 * (12800 + 650) / on_chip)
 
 
+def test_a_deflated_signed_layer_by_hand():
+    """7 x 7 planes of magnitudes, each bit 1 in 64 of the magnitudes 1..127; quiet integers left out."""
+    chip = CIMConfig.preset("noisy", mapping="grid")
+    bill = bill_of([LayerShape("a", 100, 130, rank=8, deflated=True)], 0, chip, SEVEN, nf4=True).layers["a"]
+    cell = 0.5 * (2 * 64 / 255) * 1.0 * 0.64 * 1e-3
+    readings = 49 * 100 * 3  # 130 rows are three groups of 64
+    assert bill["array"] == pytest.approx(49 * 100 * 130 * cell)
+    assert bill["ADC"] == pytest.approx(readings * (100 * 10 * 7 / 28 + 0.001 * 4**10) * 0.64 * 1e-3)
+    assert bill["shift-add"] == pytest.approx(readings * 17.5 * 7 / 28 * 1e-3)
+    assert bill["scales"] == pytest.approx(100 * 3 * 0.32)
+    assert bill["surrogate"] == bill["deflation"] == pytest.approx(8 * 230 * 0.32)
+
+
 def test_planes_follow_the_encoding_and_the_mapping():
     def adc(**changes):
         return bill_of([LayerShape("a", 8, 64)], 0, CHIP.replace(**changes), SEVEN, nf4=True).totals()["ADC"]

@@ -242,6 +242,11 @@ class CIMConfig:
             raise ValueError("cim: stuck_at_zero and stuck_at_one are shares of all cells; their sum is above 1")
 
     @property
+    def kind(self) -> CIMConfig:
+        """What all chips of this kind share: a copy without seeds, `layers` and `ranges`."""
+        return self.replace(chip_seed=0, read_seed=0, layers=None, ranges={})
+
+    @property
     def on_grid(self) -> bool:
         """Whether cells hold integers, whatever the values of the format."""
         return self.mapping in (None, "grid", "quiet")

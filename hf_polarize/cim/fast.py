@@ -257,7 +257,7 @@ def typical_readings(
         significance (`torch.Tensor` of shape `(planes,)`): of the planes of the weight, float64.
         in_features (`int`): of the layer.
         converter ([`Converter`], *optional*): the ADC.
-        config ([`CIMConfig`]): of the chips; seeds should be 0, so that all share what was computed before.
+        config ([`CIMConfig`]): of the chips; its `kind`, so that all share what was computed before.
     """
     numbers = torch.randn(SAMPLED_TOKENS, in_features, generator=torch.Generator().manual_seed(0))
     q, _ = quantized_inputs(numbers, config.input_bits)
@@ -306,7 +306,7 @@ def fast_array(
     """
     significance = torch.tensor([plane.significance for plane in planes], dtype=torch.float64)
     cells = [round(float((plane.cells != 0).double().mean()), 2) for plane in planes]
-    kind_of_chip = config.replace(chip_seed=0, read_seed=0, layers=None, ranges={})
+    kind_of_chip = config.kind
     typical = typical_readings(cells, significance, in_features, converter, kind_of_chip)
     q, coefficients = typical.inputs, typical.coefficients
     kappa, each, variance = typical.kappa, typical.each, typical.variance

@@ -57,7 +57,12 @@ def fit_to_readings(
     """
     Run some columns exactly, fit the fast model to them, and say where it can't be right.
 
-    What is fitted: the gain of the output, how far readings follow the errors of cells, and the noise.
+    Least squares over normal tokens t and every other column j of the sample, with W the weights of the fast model and
+    D what the cells of this chip make of them beyond what is written:
+
+        exact_tj = (1 + gain) q_t W_j + follow q_t D_j + offset_j + noise_tj
+
+    The weights become (1 + gain) W + follow D, and `std` what the noise asks for.
     """
     if converter is None or not bool((fast.std > 0).any()):
         return None  # the noise of readings alone, or none at all
@@ -65,46 +70,52 @@ def fit_to_readings(
     if config.signed and not converter.mid_rise and converter.step >= max(2, 2 * config.reading_noise):
         return f"a dead zone: counts up to {converter.step / 2:g} read as 0"
     others = other_tokens(typical, config.input_bits)
-    q = torch.cat([typical, *others.values()]).to(scale.device)
+    q, normal = torch.cat([typical, *others.values()]).to(scale.device), slice(len(typical))
     columns = torch.arange(0, len(scale), max(1, len(scale) // SAMPLED_COLUMNS), device=scale.device)
-    few = [plane.of_columns(columns) for plane in planes]
-    exact = exact_product(q, few, scale[columns], config, converter, noise)
-    nominal = sum(plane.significance * config.drift * plane.written for plane in planes)
-    own = fast.weight - (nominal * scale[..., None]).flatten(1)[:, : q.shape[1]]  # type: ignore[union-attr]
-    product, static = (q.double() @ weight[columns].double().T for weight in (fast.weight, own))
-    error, normal = exact - product - fast.offset[columns], slice(len(typical))
     fitted, judged = (slice(0, None, 2), slice(1, None, 2)) if len(columns) > 1 else (slice(None), slice(None))
-    both = torch.stack([product[normal, fitted].flatten(), static[normal, fitted].flatten()])
-    weighed = both @ error[normal, fitted].flatten()
-    gain, more = (torch.linalg.pinv(both @ both.T, rtol=1e-9, hermitian=True) @ weighed).tolist()
-    fast.weight.mul_(1 + gain).add_(own, alpha=more)
-    error -= gain * product + more * static
-    usual = (fast.loudness(q) * fast.std[columns]).clamp(min=1e-30)
-    error, follows = error / usual, (gain * product / usual)[normal]
-    static = static[normal] * (1 + more) + gain * product[normal]
-    spread = float(error[normal].square().mean().sqrt())
+    exact = exact_product(q, [plane.of_columns(columns) for plane in planes], scale[columns], config, converter, noise)
+
+    written = sum(plane.significance * config.drift * plane.written for plane in planes)
+    beyond = fast.weight - (written * scale[..., None]).flatten(1)[:, : q.shape[1]]  # type: ignore[union-attr]
+    product, of_cells = (q.double() @ weight[columns].double().T for weight in (fast.weight, beyond))
+    error = exact - product - fast.offset[columns]
+    both = torch.stack([product[normal, fitted].flatten(), of_cells[normal, fitted].flatten()])
+    solved = torch.linalg.pinv(both @ both.T, rtol=1e-9, hermitian=True) @ (both @ error[normal, fitted].flatten())
+    gain, follow = solved.tolist()
+    fast.weight.mul_(1 + gain).add_(beyond, alpha=follow)
+
+    of_gain = gain * product
+    noise_of = (error - of_gain - follow * of_cells) / (fast.loudness(q) * fast.std[columns]).clamp(min=1e-30)
+    spread = float(noise_of[normal].square().mean().sqrt())
     fast.std *= spread
     if spread == 0:
         return None
-    noise_of, *noise_of_others = (error / spread).split([len(typical), *[OTHERS] * len(others)])
-    rare = dict(zip(others, noise_of_others, strict=True))
-    return _objection(noise_of, rare, static / fast.std[columns], follows / spread, judged)
+    of_normal, *of_others = (noise_of / spread).split([len(typical), *[OTHERS] * len(others)])
+    usual = fast.loudness(q[normal]) * fast.std[columns]
+    return _objection(
+        of_normal, dict(zip(others, of_others, strict=True)),
+        ((1 + follow) * of_cells + of_gain)[normal] / fast.std[columns], of_gain[normal] / usual, judged,
+    )  # fmt: skip
 
 
 def _objection(
-    noise: torch.Tensor, rare: dict[str, torch.Tensor], static: torch.Tensor, follows: torch.Tensor, judged: slice
+    noise: torch.Tensor,
+    of_others: dict[str, torch.Tensor],
+    of_chip: torch.Tensor,
+    of_gain: torch.Tensor,
+    judged: slice,
 ) -> str | None:
     """
     Say why a sample of errors is not what the fast model says of it, if it isn't.
 
     Args:
         noise (`torch.Tensor` of shape `(tokens, columns)`): what readings add, in standard deviations, float64.
-        rare (`dict[str, torch.Tensor]`): the same of tokens of other kinds, by what they have.
-        static (`torch.Tensor` of the shape of `noise`): the errors of the chip's weights.
-        follows (`torch.Tensor` of the shape of `noise`): what was put down to the gain of the output.
+        of_others (`dict[str, torch.Tensor]`): the same of tokens of other kinds, by what they have.
+        of_chip (`torch.Tensor` of the shape of `noise`): the errors of the chip's weights.
+        of_gain (`torch.Tensor` of the shape of `noise`): of these, what was put down to the gain of the output.
         judged (`slice`): columns that nothing but the noise was fitted to.
     """
-    slope = float(follows.square().mean())
+    slope = float(of_gain.square().mean())
     slope /= slope + 1
     if slope > LARGEST_SLOPE:
         return f"{100 * slope:.0f} % of the error follows the output (clipping, or a dead zone around 0)"
@@ -112,27 +123,27 @@ def _objection(
     if lasting > LARGEST_LASTING:
         return f"{100 * lasting:.0f} % of the error is one of columns, for all inputs (offsets that an ADC swallows)"
     chance = noise.numel() ** -0.5
-    off = (noise + static)[:, judged].square().mean() / (1 + static[:, judged].square().mean())
-    off = float(off) ** 0.5 - 1
-    if abs(off) > LARGEST_MISFIT + chance:
-        return f"readings do not follow the errors of cells as usual: errors are {1 + off:.2g} times as large"
-    share = 1 / (1 + float(static.square().mean()))
+    misfit = (noise + of_chip)[:, judged].square().mean() / (1 + of_chip[:, judged].square().mean())
+    misfit = float(misfit) ** 0.5
+    if abs(misfit - 1) > LARGEST_MISFIT + chance:
+        return f"readings do not follow the errors of cells as usual: errors are {misfit:.2g} times as large"
+    share = 1 / (1 + float(of_chip.square().mean()))  # of the noise in the variance of all errors
     kurtosis = share**2 * (float(noise.square().square().mean()) - 3)
     if kurtosis > LARGEST_KURTOSIS + 15 * chance:  # three standard deviations of sqrt(24 / n)
         return f"readings err too seldom for normal noise (excess kurtosis {kurtosis:.1f})"
-    distance = _distance(noise, static)
+    distance = _distance(noise, of_chip)
     if distance > LARGEST_DISTANCE + chance:
         return f"errors are not normal (a distance of {distance:.3f} by Kolmogorov and Smirnov)"
-    for kind, errors in rare.items():
-        deviation = ((share * float(errors.square().mean()) + 1 - share) ** 0.5) - 1
-        if abs(deviation) > LARGEST_DEVIATION + errors.numel() ** -0.5:
-            return f"errors of tokens with {kind} are {1 + deviation:.2g} times as large as the fast model's"
+    for kind, errors in of_others.items():
+        times = (share * float(errors.square().mean()) + 1 - share) ** 0.5
+        if abs(times - 1) > LARGEST_DEVIATION + errors.numel() ** -0.5:
+            return f"errors of tokens with {kind} are {times:.2g} times as large as the fast model's"
     return None
 
 
-def _distance(noise: torch.Tensor, static: torch.Tensor) -> float:
-    """Return the Kolmogorov-Smirnov distance of the errors `static + noise` from those with normal noise."""
-    errors = (static + noise).flatten()
+def _distance(noise: torch.Tensor, of_chip: torch.Tensor) -> float:
+    """Return the Kolmogorov-Smirnov distance of the errors `of_chip + noise` from those with normal noise."""
+    errors = (of_chip + noise).flatten()
     points = torch.quantile(errors, torch.linspace(0.03, 0.97, 33, dtype=errors.dtype, device=errors.device))
-    expected = torch.special.ndtr(points - static.flatten()[:, None]).mean(0)
+    expected = torch.special.ndtr(points - of_chip.flatten()[:, None]).mean(0)
     return float(((errors[:, None] <= points).double().mean(0) - expected).abs().max())
