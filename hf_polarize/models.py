@@ -13,6 +13,15 @@ from transformers import PreTrainedModel
 Batch = dict[str, torch.Tensor]
 
 
+def full_name(model: PreTrainedModel, layer: str) -> str:
+    """
+    Return the name of a layer as a model with a head has it, which holds the base model under its prefix.
+
+    `layers.0.mlp` of a `LlamaModel` is `model.layers.0.mlp` of a `LlamaForCausalLM`.
+    """
+    return f"{model.base_model_prefix}.{layer}" if model.base_model_prefix and model.base_model is model else layer
+
+
 def to_model(batch: Batch, model: PreTrainedModel) -> dict[str, Any]:
     """Move a batch to the device of a model, and images and the like to its dtype."""
     return {

@@ -93,22 +93,22 @@ def make_plan(
         quantizer = PolarizeHfQuantizer(config or PolarizeConfig(), pre_quantized=False)
         quantizer.update_dtype(model.dtype)
         layers = quantizer.modules_to_convert(model)
-    check_chip(quantizer.quantization_config, layers)
+    check_chip(quantizer.quantization_config, layers, source)
     return Plan(source, layers, backbone, quantizer, chosen, surrogate_ranks(layers, chosen))
 
 
-def check_chip(config: PolarizeConfig, layers: Mapping[str, nn.Module]) -> None:
+def check_chip(config: PolarizeConfig, layers: Mapping[str, nn.Module], model: PreTrainedModel) -> None:
     """Raise if a chip can't take these layers of a model, as far as names, formats and shapes tell."""
     chip = config.cim
     if chip is None:
         return
-    if not any(chip.covers(name) for name in layers):
+    if not any(chip.covers(name, model) for name in layers):
         raise ValueError(f"cim: none of the {len(layers)} layers has a name that layers={chip.layers} finds")
     if config.backbone == "int8" and not chip.on_grid:
         raise ValueError(f'cim: mapping="{chip.mapping}" is of the 16 values of NF4; an INT8 backbone takes "grid"')
     for name, module in layers.items():
         inputs = weight_matrix(module).shape[1]
-        if chip.covers(name) and not chip.on_grid and inputs % chip.rows:
+        if chip.covers(name, model) and not chip.on_grid and inputs % chip.rows:
             raise ValueError(
                 f'cim: mapping="{chip.mapping}" needs groups of rows inside blocks of 64 weights; the {inputs} inputs '
                 f'of {name} are no multiple of rows={chip.rows}. Use mapping="grid", or leave it off the chip'

@@ -70,7 +70,7 @@ def solve(
             if known.loss > 0 and predicted > 0:
                 g *= known.loss / predicted
         config = plan.quantizer.quantization_config
-        if closed_form.deflated and (config.cim is None or config.cim.covers(name)):
+        if closed_form.deflated and (config.cim is None or config.cim.covers(name, plan.original)):
             found.one_sided[name] = deflate(layer, weight, inputs, rank, largest[name], config, closed_form, g)
             bar.update()
             return

@@ -21,11 +21,12 @@ from hf_polarize import (
     polarize,
     save_polarized,
 )
-from hf_polarize.backbone import backbone_layers
+from hf_polarize.backbone import backbone_layers, quantize_linear
 from hf_polarize.cim import hook
 from hf_polarize.cim.array import INTEGERS_ARE_FAST
 from hf_polarize.cim.fast import normal_like
 from hf_polarize.cim.hook import OnChip, chips, off_chip, reset_reads
+from hf_polarize.plan import make_plan
 
 NOISY = CIMConfig.preset("noisy")
 
@@ -195,6 +196,19 @@ def test_a_token_of_zeros_reads_as_nothing(kind, tmp_path):
     assert chip.product(x)[2].abs().max() == 0 and chip.product(x)[1].abs().min() > 0
 
 
+@pytest.mark.parametrize("backbone", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["auto", "exact"])
+def test_a_row_of_zeros_reads_as_nothing(kind, backbone):
+    linear = torch.nn.Linear(128, 64, bias=False)
+    torch.nn.init.normal_(linear.weight, generator=torch.Generator().manual_seed(0))
+    linear.weight.data[0] = 0
+    config = NOISY.replace(read_noise=1.0, column_offset=1.0, model=kind)
+    chip = OnChip(quantize_linear(linear, PolarizeConfig(backbone)), "layer", config)
+    assert chip.exact == (kind == "exact")
+    y = chip.product(torch.randn(4, 128, generator=torch.Generator().manual_seed(0)))
+    assert y[:, 0].abs().max() == 0 and y[:, 1:].abs().min() > 0
+
+
 def test_only_the_layers_that_were_chosen(tmp_path):
     model = attach_cim(quantized("llama-tied", tmp_path), NOISY.replace(layers=[r"mlp\.down_proj"]))
     assert {name.rpartition(".")[2] for name, _ in chips(model)} == {"down_proj"}
@@ -296,13 +310,14 @@ def test_ranges_hold_for_what_they_were_measured_for(tmp_path):
     attach_cim(model, kept.replace(adc_bits=None, model="fast"))  # nothing is cut without an ADC
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "t5"])
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "bert-mlm"])
 def test_a_checkpoint_is_the_same_chip_with_a_head_and_without(family, tmp_path):
     model = quantized(family, tmp_path)
     inputs = tiny_inputs(model)
     measured = NOISY.replace(read_noise=0.0, adc_range="max", layers=[r"\.[01]\."])
     attach_cim(model, measured, data=[inputs]).save_pretrained(tmp_path / "saved")
-    bare = transformers.AutoModel.from_pretrained(tmp_path / "saved")
+    without = {"add_pooling_layer": False} if family == "bert-mlm" else {}
+    bare = transformers.AutoModel.from_pretrained(tmp_path / "saved", **without)
     on_chip = dict(chips(model))
     assert on_chip
     for (name, chip), (_, again) in zip(on_chip.items(), chips(bare), strict=True):
@@ -316,6 +331,9 @@ def test_layers_are_found_with_a_head_and_without(pattern, tmp_path):
     for core in (model, model.model):
         core.config.quantization_config = model.config.quantization_config
         assert len(list(chips(attach_cim(core, NOISY.replace(layers=[pattern]))))) == 7
+    original = tiny_model("llama-tied")
+    for part in (original, original.model):
+        make_plan(part, PolarizeConfig(cim=NOISY.replace(layers=[pattern])))
 
 
 def test_ranges_are_of_what_the_array_gets(tmp_path):

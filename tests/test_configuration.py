@@ -186,5 +186,9 @@ def test_presets_and_dicts_of_chips():
     config = CIMConfig.preset("nvm", chip_seed=3)
     assert CIMConfig.from_dict(config.to_dict()) == config
     assert CIMConfig().to_dict() == {}
-    of_numpy = CIMConfig(chip_seed=np.arange(3)[2], mismatch=np.float32(0.25))
-    assert json.loads(json.dumps(of_numpy.to_dict())) == {"chip_seed": 2, "mismatch": 0.25}
+    of_numpy = CIMConfig(
+        chip_seed=np.arange(3)[2], mismatch=np.float32(0.25), zero_code=np.bool_(False), layers=("a",),
+        adc_range="max", ranges={"a": np.float32(3)},
+    )  # fmt: skip
+    assert CIMConfig.from_dict(json.loads(json.dumps(of_numpy.to_dict()))) == of_numpy
+    assert of_numpy.to_dict()["ranges"] == {"a": 3.0}

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from conftest import SIZES, VOCABULARY, tiny_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, SwinConfig, ViTConfig
 
 from hf_polarize import CIMConfig
 from hf_polarize.cim.energy import (
@@ -125,8 +125,13 @@ def test_attention_counts_its_context():
     assert attention_macs(config, 10) == 2 * (10 + 4) * 64
     # two layers of an encoder, and two of a decoder that attend twice
     assert attention_macs(tiny_model("t5").config, 10) == 2 * 10 * 64 * (2 + 2 * 2)
-    image = tiny_model("vit").config
-    assert attention_macs(image, 10) == 2 * ((image.image_size // image.patch_size) ** 2 + 1) * 64 * 2
+    for size, patch in ((32, 8), ((32, 64), [8, 16])):
+        image = ViTConfig(**{**SIZES[ViTConfig], "image_size": size, "patch_size": patch})
+        assert attention_macs(image, 10) == 2 * (4 * 4 + 1) * 64 * 2
+    config.layer_types = ["full_attention", "linear_attention"]
+    assert attention_macs(config, 10) == 2 * 10 * 64
+    assert attention_macs(Qwen2Config(sliding_window=4, use_sliding_window=False), 10) == 2 * 10 * 4096 * 32
+    assert attention_macs(SwinConfig(), 10) == 0  # other heads in every stage
 
 
 def test_noise_costs_an_adc_the_same_at_every_node():

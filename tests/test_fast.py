@@ -107,7 +107,7 @@ def test_the_fast_model_follows_other_tokens(kind, both_models):
 def test_it_is_known_that_steps_without_noise_depend_on_the_kind_of_token(arguments):
     """They swallow what few rows count, and copies of planes of the weight are rounded alike."""
     _, reason = errors_of(CIMConfig(mismatch=0.0, read_noise=0.0, **arguments))
-    assert reason and "errors of tokens with few" in reason
+    assert reason and reason.startswith("errors of tokens with ")
 
 
 ANY_CHIP = (

@@ -17,7 +17,7 @@ from .planes import integer_planes
 
 CHUNK = 2**19
 """Readings at a time: they stay in the cache of a core."""
-INTEGERS_ARE_FAST: bool = getattr(torch.cpu, "_is_vnni_supported", bool)()
+INTEGERS_ARE_FAST: bool = getattr(torch.cpu, "_is_vnni_supported", lambda: False)()  # private in torch 2.13
 """
 Whether a CPU has instructions for products of int8. Without them these are 20 times slower than those of float32, or
 wrong: oneDNN then adds pairs of products in 16 bits.

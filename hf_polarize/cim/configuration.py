@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.utils import logging
+
+from ..models import full_name
 
 logger = logging.get_logger(__name__)
 
@@ -29,7 +32,7 @@ capacitance (Pelgrom et al., JSSC 24, 1433, 1989). The value is assumed: below t
 """
 MAX_ROWS = 4096
 LARGEST = 1e4
-"""Of offsets and noise, in counts or mV: more than any column can count."""
+"""Of offsets and noise, in counts or mV: more than twice what any column counts."""
 DRIFT_START = 20.0
 """Seconds after programming at which the drift of a non-volatile cell is counted from."""
 
@@ -111,7 +114,7 @@ class CIMConfig:
             a GPU) and noise of the right moments; raises where it is not valid. `"auto"`: fast where it is valid, else
             exact.
         layers (`list[str]`, *optional*): regular expressions; only layers whose name one of them finds are on the
-            chip. Left out: the whole backbone.
+            chip, be it the name with a head or without one. Left out: the whole backbone.
         ranges (`dict[str, float]`): largest count of the ADC by layer, where `adc_range` was measured; filled in by
             [`attach_cim`]. [`replace`] drops them if it changes what they were measured for.
 
@@ -171,6 +174,7 @@ class CIMConfig:
             if getattr(self, name) not in accepted:
                 shown = ", ".join(map(repr, accepted))
                 raise ValueError(f"cim: {name} must be one of {shown}; got {getattr(self, name)!r}")
+        object.__setattr__(self, "zero_code", bool(self.zero_code))
         if self.mapping == "learned" and self.weight_bits not in LEARNED_PLANES:
             raise ValueError(
                 f'cim: mapping="learned" has weight_bits of {LEARNED_PLANES[0]} to {LEARNED_PLANES[-1]} planes; got '
@@ -191,13 +195,15 @@ class CIMConfig:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"cim: layers: {pattern!r} is no regular expression, {error}") from error
+        object.__setattr__(self, "layers", list(self.layers))
 
     def _check_ranges(self) -> None:
         if not isinstance(self.ranges, dict):
             raise ValueError(f"cim: ranges must be a dict of a largest count by layer; got {self.ranges!r}")
         for layer, count in self.ranges.items():
-            if isinstance(count, bool) or not isinstance(count, Real) or not 0 < float(count) <= MAX_ROWS:
+            if isinstance(count, bool) or not isinstance(count, Real) or not 0 < count <= MAX_ROWS:  # type: ignore[operator]
                 raise ValueError(f"cim: ranges: the largest count of {layer} must be in 0..{MAX_ROWS}; got {count!r}")
+        object.__setattr__(self, "ranges", {layer: float(count) for layer, count in self.ranges.items()})
 
     def _check_numbers(self) -> None:
         whole: tuple[tuple[str, int, int], ...] = (
@@ -212,7 +218,7 @@ class CIMConfig:
             value = getattr(self, name)
             if name == "adc_bits" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, Integral) or not first <= int(value) <= last:
+            if isinstance(value, bool) or not isinstance(value, Integral) or not first <= value <= last:  # type: ignore[operator]
                 raise ValueError(f"cim: {name} must be an integer in {first}..{last}; got {value!r}")
             object.__setattr__(self, name, int(value))  # those of NumPy are no JSON
         for name, low, high in (
@@ -235,14 +241,14 @@ class CIMConfig:
             value = getattr(self, name)
             if value is None and name in ("mismatch", "read_noise"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, Real) or not low <= float(value) <= high:
+            if isinstance(value, bool) or not isinstance(value, Real) or not low <= value <= high:  # type: ignore[operator]
                 raise ValueError(f"cim: {name} must be a number in {low:g}..{high:g}; got {value!r}")
             object.__setattr__(self, name, float(value))
         if self.stuck_at_zero + self.stuck_at_one > 1:
             raise ValueError("cim: stuck_at_zero and stuck_at_one are shares of all cells; their sum is above 1")
 
     @property
-    def kind(self) -> CIMConfig:
+    def unseeded(self) -> CIMConfig:
         """What all chips of this kind share: a copy without seeds, `layers` and `ranges`."""
         return self.replace(chip_seed=0, read_seed=0, layers=None, ranges={})
 
@@ -308,12 +314,18 @@ class CIMConfig:
         """Return the count at the end of the ADC's range."""
         return self.ranges.get(layer, float(self.rows)) if self.measured else float(self.rows)
 
-    def covers(self, layer: str) -> bool:
-        """Whether a layer of this name is on the chip."""
-        return self.layers is None or any(re.search(pattern, layer) for pattern in self.layers)
+    def covers(self, layer: str, model: PreTrainedModel) -> bool:
+        """Whether a layer of a model is on the chip, by its name there, with a head or without one."""
+        full = full_name(model, layer)
+        names = {layer, full, full.removeprefix(f"{model.base_model_prefix}.")}
+        return self.layers is None or any(re.search(pattern, name) for pattern in self.layers for name in names)
 
     def quietly(self) -> CIMConfig:
-        """Return a copy with the mapping `"quiet"`, if this one leaves it open."""
+        """
+        Return a copy with the mapping `"quiet"`, if this one leaves it open.
+
+        It keeps the `ranges`: counts are much the same, and a checkpoint that is loaded has no data to measure on.
+        """
         return self if self.mapping is not None else self.replace(mapping="quiet", ranges=self.ranges)
 
     def replace(self, **changes: Any) -> CIMConfig:

@@ -14,9 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
 from .configuration import CIMConfig
 from .planes import WeightCode, integer_planes, weight_code
+
+logger = logging.get_logger(__name__)
 
 ITEMS = ("array", "ADC", "shift-add", "scales", "surrogate", "deflation", "other layers", "attention")
 """Of a bill, in the order of the tables."""
@@ -336,22 +339,38 @@ def attention_macs(config: Any, context: int) -> int:
     """
     Return the multiply-accumulates of attention per token: scores and sums over `context` tokens, all layers.
 
-    Layers with a sliding window look back on no more than that, those of an image on its patches. In an
-    encoder-decoder a token is one of each, and those of the decoder attend to themselves and to the encoder's.
+    Layers with a sliding window or chunks look back on no more than that, those without attention (`layer_types`) on
+    nothing, those of an image on its patches. In an encoder-decoder a token is one of each, and those of the decoder
+    attend to themselves and to the encoder's. 0, with a warning, for a model that does not say how many heads it has.
     """
-    text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", None)
-    layers = getattr(text, "num_hidden_layers", None)
-    if not heads or not layers:
+    try:
+        text = config.get_text_config()
+        heads, layers = int(text.num_attention_heads), int(text.num_hidden_layers)
+        size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads
+    except (AttributeError, TypeError, ValueError):
+        logger.warning(f"no attention is billed: a {type(config).__name__} does not say what each layer attends to")
         return 0
-    size = getattr(text, "head_dim", None) or getattr(text, "d_kv", None) or text.hidden_size // heads
-    patch, image = getattr(text, "patch_size", None), getattr(text, "image_size", None)
-    if isinstance(patch, int) and isinstance(image, int):
-        context = (image // patch) ** 2 + 1
-    window = getattr(text, "sliding_window", None) or context
+    context = _patches(text) or context
+    windows = {
+        "full_attention": None,
+        "sliding_attention": getattr(text, "sliding_window", None),
+        "chunked_attention": getattr(text, "attention_chunk_size", None),
+    }
     kinds = getattr(text, "layer_types", None) or ["sliding_attention"] * layers
-    looks_back = sum(min(window, context) if kind == "sliding_attention" else context for kind in kinds)
+    looks_back = sum(min(windows[kind] or context, context) for kind in kinds if kind in windows)
     if getattr(config, "is_encoder_decoder", False):
         decoder = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", None) or layers
         looks_back += 2 * decoder * context
     return int(2 * looks_back * heads * size)
+
+
+def _patches(config: Any) -> int:
+    """Return how many tokens an image, or the frames of a film, are with the one of the class; 0 for what is none."""
+    image, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
+    if not image or not patch:
+        return 0
+    (height, width), (down, across) = (
+        side if isinstance(side, (list, tuple)) else (side, side) for side in (image, patch)
+    )
+    frames = getattr(config, "num_frames", 1) // getattr(config, "tubelet_size", 1)
+    return int((height // down) * (width // across) * frames + 1)

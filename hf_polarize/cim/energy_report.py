@@ -72,7 +72,7 @@ def energy_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:
     model, _ = load_model(recipe)
     plan = make_plan(model, recipe.polarize_config(), recipe.surrogate_config())
     attention = attention_macs(model.config, assumed.context)
-    nf4, on_chip = recipe.backbone == "nf4", {name for name in plan.layers if chip.covers(name)}
+    nf4, on_chip = recipe.backbone == "nf4", {name for name in plan.layers if chip.covers(name, model)}
     narrowest = min(min(weight_matrix(layer).shape) for layer in plan.layers.values())
 
     def bill(energy: EnergyConfig, ranks: dict[str, int], deflated: bool) -> Bill:

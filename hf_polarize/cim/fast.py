@@ -257,7 +257,7 @@ def typical_readings(
         significance (`torch.Tensor` of shape `(planes,)`): of the planes of the weight, float64.
         in_features (`int`): of the layer.
         converter ([`Converter`], *optional*): the ADC.
-        config ([`CIMConfig`]): of the chips; its `kind`, so that all share what was computed before.
+        config ([`CIMConfig`]): of the chips; `unseeded`, so that all share what was computed before.
     """
     numbers = torch.randn(SAMPLED_TOKENS, in_features, generator=torch.Generator().manual_seed(0))
     q, _ = quantized_inputs(numbers, config.input_bits)
@@ -292,7 +292,7 @@ def fast_array(
     Weights follow from [`read_moments`]; so does the noise of each token, by the rows that its planes drive, up to a
     factor: readings of planes that are nearly copies of each other (the signs of small numbers in two's complement)
     err together. The factor is the one that a sample of the layer's own columns has in the exact model, on normal
-    inputs; cubes of these are a sample of tokens with few large values.
+    inputs; [`~hf_polarize.cim.fitting.other_tokens`] are judged beside them.
 
     Args:
         planes (`Sequence[Plane]`): of [`~hf_polarize.cim.chip.fabricate`].
@@ -306,8 +306,8 @@ def fast_array(
     """
     significance = torch.tensor([plane.significance for plane in planes], dtype=torch.float64)
     cells = [round(float((plane.cells != 0).double().mean()), 2) for plane in planes]
-    kind_of_chip = config.kind
-    typical = typical_readings(cells, significance, in_features, converter, kind_of_chip)
+    any_chip = config.unseeded
+    typical = typical_readings(cells, significance, in_features, converter, any_chip)
     q, coefficients = typical.inputs, typical.coefficients
     kappa, each, variance = typical.kappa, typical.each, typical.variance
     bias = float(significance @ typical.biases @ typical.often)
@@ -326,11 +326,11 @@ def fast_array(
     std = scale.double().square().sum(1).sqrt() * math.sqrt(variance)
     weights = scale.double().square().mean(0).cpu()
     relative = coefficients.square()[:, None] * (each / variance if variance else torch.zeros_like(each))
-    share = (weights / weights.sum())[:, None, None] * relative
+    share = (weights / weights.sum().clamp(min=1e-30))[:, None, None] * relative
     copies = None
     if not config.signed and converter is not None:  # all planes above i count -2^(i+1) together
         usual = torch.tensor(cells, dtype=torch.float64) @ significance.square() / significance.square().sum()
-        together = agreement(converter, round(float(usual), 2), kind_of_chip)
+        together = agreement(converter, round(float(usual), 2), any_chip)
         copies = (4 * coefficients[:-1].square() / coefficients[-1].square())[:, None] * together
         copies = copies.float().to(scale.device)
     loudness = TokenNoise(share.float().to(scale.device), copies)

@@ -44,6 +44,7 @@ def other_tokens(typical: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
     some = typical[:OTHERS]
     kinds = {
         "few large values": some**3,
+        "no negative values": some.relu(),
         "few large values and no negative ones": some.relu() ** 3,
         "few values but 0": some * (typical[OTHERS : 2 * OTHERS].abs() > 0.55 * typical.abs().max()),
     }
@@ -91,10 +92,11 @@ def fit_to_readings(
     if spread == 0:
         return None
     of_normal, *of_others = (noise_of / spread).split([len(typical), *[OTHERS] * len(others)])
-    usual = fast.loudness(q[normal]) * fast.std[columns]
+    std = fast.std[columns].clamp(min=1e-30)  # a column of zeros has none
     return _objection(
         of_normal, dict(zip(others, of_others, strict=True)),
-        ((1 + follow) * of_cells + of_gain)[normal] / fast.std[columns], of_gain[normal] / usual, judged,
+        ((1 + follow) * of_cells + of_gain)[normal] / std,
+        of_gain[normal] / (fast.loudness(q[normal]) * std).clamp(min=1e-30), judged,
     )  # fmt: skip
 
 
@@ -126,7 +128,7 @@ def _objection(
     misfit = (noise + of_chip)[:, judged].square().mean() / (1 + of_chip[:, judged].square().mean())
     misfit = float(misfit) ** 0.5
     if abs(misfit - 1) > LARGEST_MISFIT + chance:
-        return f"readings do not follow the errors of cells as usual: errors are {misfit:.2g} times as large"
+        return f"readings do not follow the errors of cells as usual: errors are {misfit:.3g} times as large"
     share = 1 / (1 + float(of_chip.square().mean()))  # of the noise in the variance of all errors
     kurtosis = share**2 * (float(noise.square().square().mean()) - 3)
     if kurtosis > LARGEST_KURTOSIS + 15 * chance:  # three standard deviations of sqrt(24 / n)

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..backbone import backbone_layers
 from ..formats import BackboneLayer
-from ..models import Batch
+from ..models import Batch, full_name
 from ..surrogate import core_model
 from .array import Converter, exact_product
 from .chip import fabricate, generator_for
@@ -36,7 +37,7 @@ class OnChip:
 
     Args:
         layer ([`~hf_polarize.formats.BackboneLayer`]): its codes and scales are read once.
-        name (`str`): of the layer, as [`name_on_chip`] has it; its cells depend on it.
+        name (`str`): of the layer, its [`~hf_polarize.models.full_name`]; the cells depend on it.
         config ([`CIMConfig`]): of the chip.
 
     Attributes:
@@ -240,7 +241,12 @@ def detach_cim(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def off_chip(model: nn.Module) -> Iterator[nn.Module]:
-    """Run a model off its chip inside this context."""
+    """
+    Run a model off its chip inside this context.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): on a chip, or on none.
+    """
     taken = {layer: layer.chip for _, layer in backbone_layers(core_model(model))}
     for layer in taken:
         layer.chip = None
@@ -251,35 +257,19 @@ def off_chip(model: nn.Module) -> Iterator[nn.Module]:
             layer.chip = chip
 
 
-def _chosen(core: nn.Module, config: CIMConfig) -> dict[str, BackboneLayer]:
+def _chosen(core: PreTrainedModel, config: CIMConfig) -> dict[str, BackboneLayer]:
     layers = dict(backbone_layers(core))
     if not layers:
         raise ValueError(
             "cim: the model has no backbone to put on a chip; load it with quantization_config=PolarizeConfig(...)"
         )
-    prefix = f"{core.base_model_prefix}."
-    named = {name_on_chip(core, name): layer for name, layer in layers.items()}
-    chosen = {
-        name: layer for name, layer in named.items() if config.covers(name) or config.covers(name.removeprefix(prefix))
-    }
+    chosen = {full_name(core, name): layer for name, layer in layers.items() if config.covers(name, core)}
     if not chosen:
         raise ValueError(f"cim: none of the {len(layers)} layers has a name that layers={config.layers} finds")
     for name, layer in chosen.items():
         if layer.weight.device.type == "meta":
             raise ValueError(f"cim: {name} is offloaded; a chip takes layers that are in memory")
     return chosen
-
-
-def name_on_chip(core: nn.Module, layer: str) -> str:
-    """
-    Return the name of a layer with that of the base model before it.
-
-    So a checkpoint is the same chip whether it is loaded with a head (`model.layers.0...` in a Llama) or without one
-    (`layers.0...`).
-    """
-    prefix = f"{core.base_model_prefix}."
-    bare = core.base_model is core and not layer.startswith(prefix)
-    return f"{prefix}{layer}" if bare and len(prefix) > 1 else layer
 
 
 def chips(model: nn.Module) -> Iterator[tuple[str, OnChip]]:
@@ -290,6 +280,13 @@ def chips(model: nn.Module) -> Iterator[tuple[str, OnChip]]:
 
 
 def reset_reads(model: nn.Module) -> None:
-    """Begin the noise of all readings anew, so that the same inputs read the same."""
+    """
+    Begin the noise of all readings anew, so that the same inputs read the same.
+
+    In training it is torch's own generator that says what is read: `torch.manual_seed` begins that anew.
+
+    Args:
+        model (`PreTrainedModel` or `PeftModel`): on a chip.
+    """
     for _, chip in chips(model):
         chip.reset()

@@ -182,7 +182,7 @@ def _conversion(
         Readings and their probabilities, `(pairs, counts, codes)`: the codes near each count, and the two ends.
     """
     step, shift = converter.step, 0.5 if converter.mid_rise else 0.0
-    reach = math.ceil(POINTS * float(std.max()) / step) + 1
+    reach = min(math.ceil(POINTS * float(std.max()) / step) + 1, converter.high - converter.low)
     near = (counts / step - shift).round()[..., None] + torch.arange(-reach, reach + 1, dtype=torch.float64)
 
     def below(codes: torch.Tensor | int) -> torch.Tensor:

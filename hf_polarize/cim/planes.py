@@ -141,6 +141,8 @@ def group_scales(
     """
     Return the scale of each group of rows, the largest of its blocks, and the share of it that each weight has.
 
+    The scale of a group of zeros is 0: whatever its columns read, nothing is added.
+
     Args:
         scales (`torch.Tensor` of shape `(blocks,)`): of each `block_size` neighbours in row-major order.
         block_size (`int`): of the format.
@@ -156,8 +158,7 @@ def group_scales(
     each = torch.nn.functional.pad(each, (0, groups * config.rows - in_features))
     each = each.view(out_features, groups, config.rows)
     group = each.gather(-1, each.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    group = torch.where(group != 0, group, 1.0)
-    return group, each / group[..., None]
+    return group, each / torch.where(group != 0, group, 1.0)[..., None]
 
 
 def grouped_weights(

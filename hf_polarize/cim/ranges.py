@@ -82,8 +82,8 @@ def count_histogram(layer: BackboneLayer, x: torch.Tensor, config: CIMConfig) ->
     histogram = torch.zeros(config.rows + 1, dtype=torch.float64)
     for p in range(code.cells.shape[1]):
         cells = code.cells[:, p].to(indices.device)[indices.int()].float()
-        for group, rows in enumerate(driven):  # one at a time: all counts of a wide layer are gigabytes
-            counts = rows @ cells[:, group].T
+        for group, inputs in enumerate(driven):  # one at a time: all counts of a wide layer are gigabytes
+            counts = inputs @ cells[:, group].T
             histogram += torch.bincount(counts.abs().flatten().int(), minlength=config.rows + 1).double().cpu()
     return histogram
 

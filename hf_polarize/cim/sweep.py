@@ -62,7 +62,7 @@ def setting_of(recipe: Recipe, setting: dict[str, Any]) -> tuple[CIMConfig, int]
     for message in chip.idle(changes):
         raise ValueError(message)
     values = {item: getattr(chip, item) for item in chip.__dataclass_fields__}
-    return CIMConfig.from_dict({**values, **changes}), rank
+    return CIMConfig.from_dict({**values, "ranges": {}, **changes}), rank
 
 
 def sweep_recipe(recipe: Recipe, command: str = "") -> dict[str, Any]:

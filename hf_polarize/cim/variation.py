@@ -59,7 +59,7 @@ def chip_moments(layer: BackboneLayer, config: CIMConfig) -> ChipMoments:
     typical = typical_readings(
         [round(density, 2) for density in (works * (often @ (code.cells != 0).double()) + one).tolist()],
         code.significance, layer.in_features, Converter.of(config, float(config.rows)),
-        config.kind,
+        config.unseeded,
     )  # fmt: skip
     cells = code.cells.double()
     held, square = works * cells + (0 if config.signed else one), works * cells.square() + one  # stuck at 1, or +-1
