@@ -353,6 +353,7 @@ def attention_macs(config: Any, context: int) -> int:
     context = _patches(text) or context
     windows = {
         "full_attention": None,
+        "attention": None,
         "sliding_attention": getattr(text, "sliding_window", None),
         "chunked_attention": getattr(text, "attention_chunk_size", None),
     }
