@@ -20,8 +20,9 @@ from transformers.utils import logging
 from .backbone import quantize_linear
 from .checkpoint import write_json
 from .cim.array import INTEGERS_ARE_FAST
-from .cim.configuration import PRESETS, CIMConfig
+from .cim.configuration import CIMConfig
 from .cim.hook import OnChip, chips, off_chip
+from .cim.presets import PRESETS
 from .configuration import ClosedForm, PolarizeConfig
 from .data import calibration_batches
 from .deflation import check_deflated

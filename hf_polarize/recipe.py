@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from .cim.configuration import PRESETS, CIMConfig
+from .cim.configuration import CIMConfig
+from .cim.presets import PRESETS
 from .configuration import ClosedForm, PolarizeConfig, SurrogateConfig
 from .self_text import SELF
 from .sources import DEMO_MODELS, NEWS, PYTHON_DOCS, in_package

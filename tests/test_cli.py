@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_polarize import bench
 from hf_polarize.card import model_card
-from hf_polarize.cim.configuration import PRESETS
+from hf_polarize.cim.presets import PRESETS
 from hf_polarize.cli import main
 from hf_polarize.inspection import inspect_checkpoint
 from hf_polarize.pipeline import Evaluator, at_most, load_model, recipe_batches

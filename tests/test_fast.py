@@ -100,7 +100,8 @@ def test_the_fast_model_follows_other_tokens(kind, both_models):
     """
     exact, quick = both_models(OTHERS[kind](torch.randn(384, 512, generator=torch.Generator().manual_seed(3))))
     assert float(quick.std() / exact.std()) == pytest.approx(1, abs=0.08)
-    assert ks_2samp((exact / exact.std()).flatten(), (quick / exact.std()).flatten()).statistic < 0.05
+    distance = ks_2samp((exact / exact.std()).flatten(), (quick / exact.std()).flatten()).statistic
+    assert distance < (0.025 if kind == "few large values" else 0.05)
 
 
 @pytest.mark.parametrize("arguments", [{"adc_bits": 5}, {"adc_bits": 4}, {"rows": 256, "adc_bits": 7}])

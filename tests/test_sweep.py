@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from hf_polarize import CIMConfig
 from hf_polarize.card import model_card
-from hf_polarize.cim.configuration import PRESETS
 from hf_polarize.cim.energy_report import accuracy_against_energy, pareto_front
+from hf_polarize.cim.presets import PRESETS
 from hf_polarize.cim.sweep import setting_of, settings, summary
 from hf_polarize.cli import main
 from hf_polarize.inspection import inspect_checkpoint
